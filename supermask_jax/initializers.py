@@ -1,0 +1,214 @@
+"""Random weights that a seed regenerates on every machine: drawn from integers, scaled by one host constant.
+
+Each initializer takes a key and the weights and draws the chosen leaves anew (by default the kernels); the other
+leaves come back as they were. A leaf's draw depends on its path and the key alone. `jax.random.normal` and
+`uniform(minval, maxval)` are not used: their last bit depends on the machine's code generation.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supermask_jax.densities import exact
+from supermask_jax.trees import Tree, Where, is_kernel, leaf_key, map_with_name, per_path, prunable
+
+FanIn = Callable[[str, tuple[int, ...]], int]
+Density = float | Mapping[str, float] | None
+
+ATTENTION_INPUTS = ("query", "key", "value")
+
+
+def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
+    """Inputs that each output of a Flax kernel sums: the product of all axes but the last.
+
+    That is right for (in, out), (width, in, out), (height, width, in, out) and attention's output kernel (heads,
+    size, out). Attention's query, key and value kernels are (in, heads, size): there it is the first axis alone.
+    """
+    parents = path.split("/")[:-1]
+    if len(shape) == 3 and parents and parents[-1] in ATTENTION_INPUTS:
+        return shape[0]
+    return math.prod(shape[:-1])
+
+
+def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
+    """Inputs that each output of an Equinox (or PyTorch) weight sums: (out, in, height, width), so all but the first."""
+    return math.prod(shape[1:])
+
+
+def signed_constant(
+    key: jax.Array,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+) -> Tree:
+    """Weights of one size, sqrt(2 / fan_in), and random sign.
+
+    Args:
+      key: a `jax.random.key`.
+      weights: tree whose shapes and dtypes are kept.
+      density: None, or the fraction that will be kept (one, or {path: fraction}): the constant is then scaled by
+        sqrt(1 / density), as in the paper. Its released code scales by sqrt(1 / (1 - density)); they agree at 0.5.
+      where, fan_in: which leaves are drawn, and each one's fan-in, by path and leaf or shape.
+
+    Raises:
+      ValueError: no leaf is chosen, or a density is outside (0, 1] or names a path that is not there.
+
+    Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling).
+    """
+
+    def draw(key, shape, scale):
+        positive = jax.random.bits(key, shape, jnp.uint32) >> 31
+        return jnp.where(positive, scale, -scale)
+
+    return _redraw(draw, key, weights, density, where, fan_in)
+
+
+def unsigned_constant(
+    key: jax.Array,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+) -> Tree:
+    """Weights all equal to sqrt(2 / fan_in); nothing is random. Arguments and source as `signed_constant`."""
+    return _redraw(lambda key, shape, scale: jnp.full(shape, scale), key, weights, density, where, fan_in)
+
+
+def kaiming_normal(
+    key: jax.Array,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+) -> Tree:
+    """Weights from N(0, 2 / fan_in). Arguments as `signed_constant`; the key must be concrete (not under jit).
+
+    Source: He et al. 2015, equation 10, for ReLU.
+    """
+
+    def draw(key, shape, scale):
+        return jnp.asarray(standard_normal(np.asarray(jax.random.bits(key, shape, jnp.uint32))) * scale)
+
+    return _redraw(draw, key, weights, density, where, fan_in)
+
+
+def kaiming_uniform(
+    key: jax.Array,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+) -> Tree:
+    """Weights from U(-b, b), b = sqrt(6 / fan_in): the variance of `kaiming_normal`. Arguments as there."""
+
+    def draw(key, shape, scale):
+        return symmetric_uniform(key, shape, float(scale) * math.sqrt(3))
+
+    return _redraw(draw, key, weights, density, where, fan_in)
+
+
+def symmetric_uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
+    """[shape] float32 from U(-bound, bound): odd multiples of bound / 2**24, never 0, the same on every machine."""
+    odd = ((jax.random.bits(key, shape, jnp.uint32) >> 8) << 1).astype(jnp.int32) + (1 - 2**24)
+    return odd.astype(jnp.float32) * np.float32(bound / 2**24)  # one rounding; a fused multiply-add has no place
+
+
+def standard_normal(bits: np.ndarray) -> np.ndarray:
+    """float32 standard normals from uint32 bits, by inverting the distribution function on the host.
+
+    Only +, -, *, / and sqrt of doubles, which IEEE 754 rounds alike everywhere; library logarithms differ.
+    Source: Wichura 1988, algorithm AS 241 (PPND16), relative accuracy about 1e-16.
+    """
+    p = (bits.astype(np.float64) + 0.5) / 2.0**32
+    q = p - 0.5
+    central = 0.180625 - q * q
+    tail = np.sqrt(-_log(np.minimum(p, 1.0 - p)))  # below 4.8 for 32 bits: AS 241's far tail is out of reach
+    x = np.where(central >= 0, q * _ratio(CENTRE, central), np.copysign(_ratio(TAIL, tail - 1.6), q))
+    return x.astype(np.float32)
+
+
+def _redraw(draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan_in: FanIn) -> Tree:
+    """`weights` with draw(key of the leaf, shape, float32 standard deviation) in place of each chosen leaf."""
+    shapes = prunable(weights, where)
+    densities = per_path(1.0 if density is None else density, shapes)
+    for path, kept in densities.items():
+        if exact(kept) == 0:
+            raise ValueError(f"cannot scale the weights of {path!r} for a density of 0")
+    scales = {
+        path: np.float32(math.sqrt(2.0 / fan_in(path, shape) / float(densities[path])))
+        for path, shape in shapes.items()
+    }
+    return map_with_name(
+        lambda path, leaf: (
+            draw(leaf_key(key, path), leaf.shape, scales[path]).astype(leaf.dtype) if path in scales else leaf
+        ),
+        weights,
+    )
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    """Natural logarithm in basic arithmetic: x = m * 2**e, log m = 2 atanh((m - 1) / (m + 1)) by its series."""
+    mantissa, exponent = np.frexp(x)
+    z = (mantissa * math.sqrt(2.0) - 1.0) / (mantissa * math.sqrt(2.0) + 1.0)
+    series = np.zeros_like(z)
+    for n in range(27, 0, -2):  # |z| < 0.172: the first term left out is below 1e-22
+        series = series * (z * z) + 1.0 / n
+    return 2.0 * z * series + (exponent - 0.5) * math.log(2.0)
+
+
+def _ratio(coefficients: tuple, r: np.ndarray) -> np.ndarray:
+    numerator, denominator = (np.zeros_like(r), np.zeros_like(r))
+    for a, b in zip(*coefficients, strict=True):
+        numerator, denominator = numerator * r + a, denominator * r + b
+    return numerator / denominator
+
+
+# AS 241's coefficients, highest power first: (numerator, denominator).
+CENTRE = (
+    (
+        2509.0809287301227,
+        33430.57558358813,
+        67265.7709270087,
+        45921.95393154987,
+        13731.69376550946,
+        1971.5909503065513,
+        133.14166789178438,
+        3.3871328727963665,
+    ),
+    (
+        5226.495278852854,
+        28729.085735721943,
+        39307.89580009271,
+        21213.794301586597,
+        5394.196021424751,
+        687.1870074920579,
+        42.31333070160091,
+        1.0,
+    ),
+)
+TAIL = (
+    (
+        0.0007745450142783414,
+        0.022723844989269184,
+        0.2417807251774506,
+        1.2704582524523684,
+        3.6478483247632045,
+        5.769497221460691,
+        4.630337846156546,
+        1.4234371107496835,
+    ),
+    (
+        1.0507500716444169e-09,
+        0.0005475938084995345,
+        0.015198666563616457,
+        0.14810397642748008,
+        0.6897673349851,
+        1.6763848301838038,
+        2.053191626637759,
+        1.0,
+    ),
+)

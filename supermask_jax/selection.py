@@ -1,0 +1,314 @@
+"""The highest scores, exactly, without a sort: a search for each layer's threshold by counting.
+
+Scores become integer order keys (`_order_key`). A threshold t is sought with exactly `count` keys >= t. Each pass
+compares every key with one probe per group and needs a sum of counts and nothing else, so all layers advance in
+lockstep and scores that are sharded over devices are never gathered; the result does not depend on their layout.
+Probes come from interpolating the counts (fast on any smooth distribution), with a bisection whenever that stalls
+(so the number of passes is bounded whatever the scores are). Probes only steer: what ends the search is the exact
+count. Where equal scores straddle the cut, a second search of the same kind runs over their flat indices.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from supermask_jax.densities import keep_count
+from supermask_jax.trees import Tree, by_path, map_with_name, per_path
+
+INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
+EXACT_IN_FLOAT32 = 2**24
+SAMPLE = 2**13  # keys per leaf that open the search ...
+SAMPLED_FROM = 2**16  # ... where some leaf has at least so many
+
+
+def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = None) -> Tree:
+    """Masks that keep the `counts[path]` highest scores of each leaf, any sign.
+
+    Ties are broken by flat index, the lowest losing first: what a stable argsort gives, on every machine and
+    mesh. -0.0 ties with 0.0. Works under `jax.jit`, where the counts may be traced.
+
+    Args:
+      scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
+      counts: {path: number kept}, naming every leaf of `scores`; each in [0, size of the leaf].
+      within: masks; only weights that they keep are chosen from.
+
+    Returns:
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+
+    Raises:
+      ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match.
+      TypeError: scores that are not floats of at most 32 bits.
+    """
+    leaves = by_path(scores)
+    allowed = by_path(within) if within is not None else {}
+    counts = per_path(counts, leaves)
+    for path, score in leaves.items():
+        _check(path, score, counts[path], allowed.get(path))
+    keys = [_order_key(score, allowed.get(path)) for path, score in leaves.items()]
+    masks = _keep(keys, list(counts.values()), groups=range(len(keys)))
+    return _as_tree(scores, dict(zip(leaves, masks, strict=True)))
+
+
+def layerwise_masks(scores: Tree, density: float | Mapping[str, float]) -> Tree:
+    """Masks that keep the highest scores of each leaf, `keep_count(density, size)` of them.
+
+    `density` is one fraction in [0, 1] or {path: fraction}. Everything else as in `keep_highest`.
+    """
+    return keep_highest(scores, _counts(scores, density))
+
+
+def global_masks(scores: Tree, density: float) -> Tree:
+    """Masks that keep the `keep_count(density, total size)` highest scores of all leaves taken together.
+
+    Ties: the leaves count as one array, joined in the tree's order. Everything else as in `keep_highest`.
+    """
+    leaves = by_path(scores)
+    count = keep_count(density, sum(score.size for score in leaves.values()))
+    for path, score in leaves.items():
+        _check(path, score, 0, None)
+    masks = _keep([_order_key(score) for score in leaves.values()], [count], groups=[0] * len(leaves))
+    return _as_tree(scores, dict(zip(leaves, masks, strict=True)))
+
+
+def top_k_mask(scores: jax.Array, density: float) -> jax.Array:
+    """Mask of one array's `keep_count(density, size)` highest scores, with the straight-through gradient.
+
+    Args:
+      scores: floats of any shape and sign.
+      density: fraction kept, in [0, 1].
+
+    Returns:
+      [scores.shape] exactly 0 or 1, in the dtype of `scores`. The cotangent passes to `scores` unchanged.
+
+    Source: Ramanujan et al. 2020, section 3 (the estimator), there applied to abs(scores).
+    """
+    return straight_through(scores, lambda s: layerwise_masks({"scores": s}, density)["scores"])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def straight_through(scores: Tree, masks_of: Callable[[Tree], Tree]) -> Tree:
+    """`masks_of(scores)`, whose backward pass hands the masks' cotangent to the scores unchanged.
+
+    A custom_vjp keeps the forward mask exact; m + s - stop_gradient(s) would round.
+    Source: Bengio et al. 2013; Ramanujan et al. 2020, equation 5.
+    """
+    return masks_of(scores)
+
+
+straight_through.defvjp(
+    lambda scores, masks_of: (masks_of(scores), None),
+    lambda masks_of, residuals, cotangent: (cotangent,),
+)
+
+
+def _counts(scores: Tree, density: float | Mapping[str, float]) -> dict[str, int]:
+    leaves = by_path(scores)
+    return {path: keep_count(d, leaves[path].size) for path, d in per_path(density, leaves).items()}
+
+
+def _as_tree(scores: Tree, masks: dict[str, jax.Array]) -> Tree:
+    return map_with_name(lambda path, score: masks[path].astype(score.dtype), scores)
+
+
+def _check(path: str, score: jax.Array, count, allowed: jax.Array | None) -> None:
+    """Raises on what is wrong with a leaf; values are looked at only where they are concrete (not under jit)."""
+    if not jnp.issubdtype(score.dtype, jnp.floating) or score.dtype.itemsize > 4:
+        raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {score.dtype}")
+    room = score.size
+    if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
+        raise ValueError(f"the scores of {path!r} hold NaN")
+    if allowed is not None and not isinstance(allowed, jax.core.Tracer):
+        room = int(np.count_nonzero(np.asarray(allowed)))
+    if not isinstance(count, jax.core.Tracer) and not 0 <= count <= room:
+        raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {path!r}")
+
+
+def _order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+    """int32 in the order of the floats, 0.0 = -0.0; the lowest int32, which no float has, where not allowed."""
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+    key = jnp.where(bits >= 0, bits, INT32_MIN - bits)
+    return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
+
+
+def _keep(keys: list[jax.Array], counts: list, groups) -> list[jax.Array]:
+    """Boolean masks of the counts[g] highest keys among the arrays whose group is g; ties by flat index."""
+    full = [(key, g) for key, g in zip(keys, groups, strict=True) if key.size]
+    if not full:
+        return [jnp.zeros(key.shape, bool) for key in keys]
+    arrays = [key for key, _ in full]
+    present = sorted({g for _, g in full})
+    member = [present.index(g) for _, g in full]
+    wanted = jnp.stack([jnp.asarray(counts[g], jnp.int32) for g in present])
+    found = _search(arrays, member, wanted)
+    straddles = (found.at_low > wanted) & (wanted > 0)
+
+    def cut(_):
+        return [(key >= found.low[g]) & (wanted[g] > 0) for key, g in zip(arrays, member, strict=True)]
+
+    def cut_ties(_):
+        tied = [
+            jnp.where(key == found.low[g], index, -1)
+            for key, g, index in zip(arrays, member, _flat_indices(arrays, member), strict=True)
+        ]
+        # A group whose cut is clean asks for all its indices, which ends its search before it begins.
+        first = _search(tied, member, jnp.where(straddles, wanted - found.at_high, _sizes(arrays, member))).low
+        return [
+            ((key > found.low[g]) | ((key == found.low[g]) & (index >= first[g]))) & (wanted[g] > 0)
+            for key, g, index in zip(arrays, member, tied, strict=True)
+        ]
+
+    masks = iter(lax.cond(jnp.any(straddles), cut_ties, cut, None))
+    return [next(masks) if key.size else jnp.zeros(key.shape, bool) for key in keys]
+
+
+class _Bracket(NamedTuple):
+    """Per group: count(key >= low) = at_low >= wanted > at_high = count(key >= high)."""
+
+    low: jax.Array
+    high: jax.Array
+    at_low: jax.Array
+    at_high: jax.Array
+    turn: jax.Array  # what the next probe does: AIM, OVERSHOOT or HALVE (negative: the sample's hints)
+    before: jax.Array  # at_low - at_high when the current round of turns began
+
+
+AIM, OVERSHOOT, HALVE = 0, 1, 2
+
+
+def _search(keys: list[jax.Array], member: list[int], wanted: jax.Array, hints: list | None = None) -> _Bracket:
+    """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
+
+    keys: int32 arrays; member[i]: the group of keys[i]; wanted: int32 [groups], each in [1, keys of the group]
+    (a group that wants 0 keys is closed from the start).
+    """
+    groups = wanted.shape[0]
+    sizes = _sizes(keys, member)
+    if hints is None and max(key.size for key in keys) >= SAMPLED_FROM:
+        hints = _hints(keys, member, wanted, sizes)
+
+    def extreme(reduce):
+        return jnp.stack(
+            [
+                reduce(jnp.stack([reduce(key) for key, g in zip(keys, member, strict=True) if g == group]))
+                for group in range(groups)
+            ]
+        )
+
+    def count(thresholds):
+        return jnp.stack(
+            [
+                sum(_count(key, thresholds[group]) for key, g in zip(keys, member, strict=True) if g == group)
+                for group in range(groups)
+            ]
+        )
+
+    def is_open(b):
+        return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
+
+    def step(b):
+        probe = _probe(b, wanted, hints)
+        at = count(probe)
+        up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
+        at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
+        stalled = (at_low - at_high) * 4 > b.before
+        turn = jnp.where(
+            b.turn == OVERSHOOT, jnp.where(stalled, HALVE, AIM), jnp.where(b.turn == HALVE, AIM, b.turn + 1)
+        )
+        return _Bracket(
+            jnp.where(up, probe, b.low),
+            jnp.where(down, probe, b.high),
+            at_low,
+            at_high,
+            turn,
+            jnp.where(turn == AIM, at_low - at_high, b.before),
+        )
+
+    start = _Bracket(
+        # With hints the ends hardly matter, and a minimum of int32 costs a CPU as much as five counts.
+        low=jnp.full(groups, INT32_MIN) if hints else extreme(jnp.min),
+        high=jnp.full(groups, INT32_MAX) if hints else extreme(jnp.max) + 1,
+        at_low=sizes,
+        at_high=jnp.zeros_like(sizes),
+        turn=jnp.full(groups, -len(hints) if hints else AIM, jnp.int32),
+        before=sizes,
+    )
+    return lax.while_loop(lambda b: jnp.any(is_open(b)), step, start)
+
+
+def _probe(b: _Bracket, wanted: jax.Array, hints: list | None) -> jax.Array:
+    """A key strictly inside each bracket.
+
+    AIM goes where the counts, interpolated, say that the threshold is. OVERSHOOT goes as far past it as the nearer
+    end is from it, to bring in the farther end. HALVE bisects.
+    """
+    width = _width(b)
+    near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
+    past = jnp.where(b.at_low - wanted > wanted - b.at_high, near, -near)
+    aim = wanted + jnp.where(b.turn == OVERSHOOT, past, 0)
+    share = jnp.clip((b.at_low - aim) / jnp.maximum(b.at_low - b.at_high, 1), 0, 1)
+    offset = jnp.where(b.turn == HALVE, width >> 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
+    probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
+    for turn, hint in enumerate(hints or [], start=-len(hints or [])):
+        probe = jnp.where(b.turn == turn, jnp.clip(hint, b.low + 1, b.high - 1), probe)
+    return probe
+
+
+def _hints(keys: list[jax.Array], member: list[int], wanted: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+    """Two keys per group that most likely enclose its threshold: quantiles of a sample, three deviations apart."""
+    samples = [_sample(key) for key in keys]
+    of = _sizes(samples, member)
+    share = wanted / sizes
+    margin = 3 * jnp.sqrt(of * share * (1 - share)) + 1
+    ranks = [jnp.clip(jnp.round(of * share + side * margin).astype(jnp.int32), 1, of) for side in (1, -1)]
+    groups = wanted.shape[0]
+    twice = _search(samples * 2, member + [g + groups for g in member], jnp.concatenate(ranks), hints=[])
+    return [twice.low[:groups], twice.low[groups:]]
+
+
+def _sample(key: jax.Array) -> jax.Array:
+    """About SAMPLE keys, evenly spaced along the longest axis: a slice that moves little between shards."""
+    axis = int(np.argmax(key.shape))
+    return lax.slice_in_dim(key, 0, None, stride=max(1, min(key.shape[axis], key.size // SAMPLE)), axis=axis)
+
+
+def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:
+    """int32 number of keys >= threshold. Sums of float32 are several times faster on a CPU than those of int32
+    and exact while they stay below 2**24, so larger arrays are summed in such parts."""
+    axes, size = [], 1
+    for axis in reversed(range(key.ndim)):
+        if size * key.shape[axis] <= EXACT_IN_FLOAT32:
+            axes.append(axis)
+            size *= key.shape[axis]
+    return jnp.sum(jnp.sum((key >= threshold).astype(jnp.float32), axis=tuple(axes)).astype(jnp.int32))
+
+
+def _width(b: _Bracket) -> jax.Array:
+    return (b.high - b.low).astype(jnp.uint32)  # up to 2**32 - 1: wraps right only without a sign
+
+
+def _sizes(keys: list[jax.Array], member: list[int]) -> jax.Array:
+    sizes = [0] * (max(member) + 1)
+    for key, g in zip(keys, member, strict=True):
+        sizes[g] += key.size
+    return jnp.array(sizes, jnp.int32)
+
+
+def _flat_indices(arrays: list[jax.Array], member: list[int]) -> list[jax.Array]:
+    """Flat index of every element within its group, from an iota per axis: a ravel would gather a sharded array."""
+    start, indices = dict.fromkeys(member, 0), []
+    for array, g in zip(arrays, member, strict=True):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        index = jnp.full(array.shape, start[g], jnp.int32)
+        for axis, stride in enumerate(strides):
+            index = index + lax.broadcasted_iota(jnp.int32, array.shape, axis) * stride
+        indices.append(index)
+        start[g] += array.size
+        if start[g] > 2**31 - 2:
+            raise ValueError("more than 2**31 - 2 scores in one ranking: their index does not fit in 32 bits")
+    return indices
