@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.errors import UserError
+
 DATASETS = ("auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx")
 
 # Of the uncompressed files, since anyone may have compressed them again. Only MNIST's are known for certain.
@@ -37,7 +39,7 @@ KNOWN_MD5 = {
 _FILES = tuple(KNOWN_MD5["mnist"])  # each set's four files, in the order of a Dataset's four arrays
 
 
-class DataError(Exception):
+class DataError(UserError):
     """The images asked for cannot be had; the message says why and what to do next."""
 
 
@@ -108,7 +110,7 @@ def hold_out(dataset, count):
         raise DataError(f"cannot hold out {count} of {n} training images; 0 to {n - 1} are possible")
     # Even steps through the images sorted by class. Even steps through the set as it is can hold out something
     # special: one class of mnist-5k, where classes come in turn; in MNIST every second image is drawn fainter.
-    steps = (2 * np.arange(count) + 1) * n // (2 * count) if count else []
+    steps = (2 * np.arange(count) + 1) * n // (2 * count)
     held = np.isin(np.arange(n), np.argsort(labels, kind="stable")[steps])
     rest = dataclasses.replace(dataset, train_images=images[~held], train_labels=labels[~held])
     return rest, images[held], labels[held]

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
     dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
-    """auto: MNIST from disk or by download, else the 5,000 digits of mnist-5k. idx: any set in MNIST's format."""
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
     validation: int = 0

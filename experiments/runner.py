@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ def _train(config, dataset: data.Dataset, method: Callable, workdir: Workdir) ->
     loss_fn = recipe.make_loss(model, dataset.mean, dataset.std)
     advance = Driver(sm.make_train_step(task.mask_fn, loss_fn, tx, learns=task.learns), task.learns, dataset)
     evaluate = make_evaluate(task.mask_fn, model, dataset)
-    masks_of = jax.jit(lambda subnet: task.mask_fn(subnet.scores, None))
+    # Copies: masks that are the scores themselves would be donated with the state.
+    masks_of = jax.jit(lambda subnet: jax.tree.map(jnp.copy, task.mask_fn(subnet.scores, None)))
     state = sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns)
     progress = Progress(state, zero_totals(), masks_of(state.subnet), jnp.float32(0))
 
@@ -129,36 +130,39 @@ def _train(config, dataset: data.Dataset, method: Callable, workdir: Workdir) ->
                     if step in (save_at, last_step):
                         checkpoints.save(step, Progress(state, totals, masks, jnp.float32(seconds)))
 
-    test = Held("test", dataset.test_images, dataset.test_labels)
-    records = workdir.records()
+    test = evaluate(state.subnet, Held("test", dataset.test_images, dataset.test_labels))
+    summary = _summary(config, dataset, workdir, state.subnet, masks, test, seconds, advance.compile_seconds)
+    plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
+    workdir.finish(summary)
+    return summary
+
+
+def _summary(config, dataset, workdir, subnet, masks, test, seconds, compile_seconds) -> dict:
     layers = {
         path: {"size": size, "kept": kept, "density": kept / size}
-        for path, (kept, size) in layer_counts(task.subnet.weights, masks).items()
+        for path, (kept, size) in layer_counts(subnet.weights, masks).items()
     }
-    summary = {
+    steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
+    tested = [r["test_accuracy"] for r in workdir.records() if "test_accuracy" in r and r["epoch"] > 0]
+    return {
         "method": config.method,
         "dataset": dataset.name,
         "model": config.model,
         "density": sum(v["kept"] for v in layers.values()) / sum(v["size"] for v in layers.values()),
-        **evaluate(state.subnet, test),
-        "best_test_accuracy": None,
+        **test,
+        "best_test_accuracy": max([test["test_accuracy"], *tested]),  # over epochs: optimistic, for no headline
         "epochs": config.epochs,
-        "steps": last_step,
+        "steps": config.epochs * steps_per_epoch,
         "train_seconds": seconds,
-        "images_per_second": config.epochs * examples / seconds,
-        "compile_seconds": advance.compile_seconds,
+        "images_per_second": config.epochs * len(dataset.train_labels) / seconds,
+        "compile_seconds": compile_seconds,
         "layers": layers,
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {platform.processor() or platform.machine()})",
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
         "versions": versions(),
         "seed": config.seed,
         "config": workdir.config(),
         "data_source": dataset.source,
     }
-    tested = [r["test_accuracy"] for r in records if "test_accuracy" in r and r["epoch"]]
-    summary["best_test_accuracy"] = max([summary["test_accuracy"], *tested])
-    plots.draw_run(workdir.path, summary, records, state.subnet, masks)
-    workdir.finish(summary)
-    return summary
 
 
 class Driver:
@@ -200,21 +204,22 @@ class Driver:
 
     def __call__(self, state, totals, order, start: int, stop: int) -> tuple[sm.TrainState, dict, float]:
         seconds = 0.0
-        for at in range(start, stop, self.steps_per_call):
-            chosen = [part[at : min(at + self.steps_per_call, stop)] for part in order]
-            run = self._compile(state, totals, *chosen)
+        while start < stop:
+            # Two lengths of call and no others: each one is compiled.
+            steps = self.steps_per_call if stop - start >= self.steps_per_call else 1
+            chosen = [part[start : start + steps] for part in order]
+            run = self._compile(steps, (state, totals, self._images, self._labels, *chosen))
             began = time.perf_counter()
             state, totals = run(state, totals, self._images, self._labels, *chosen)
             seconds += time.perf_counter() - began
+            start += steps
         began = time.perf_counter()
         jax.block_until_ready(totals)
         return state, totals, seconds + time.perf_counter() - began
 
-    def _compile(self, state, totals, indices, weights):
-        steps = len(indices)
+    def _compile(self, steps: int, arguments: tuple) -> Callable:
         if steps not in self._compiled:
             began = time.perf_counter()
-            arguments = (state, totals, self._images, self._labels, indices, weights)
             self._compiled[steps] = compile_for_backend(self._many, arguments, donate=(0, 1))
             self.compile_seconds += time.perf_counter() - began
         return self._compiled[steps]
@@ -263,12 +268,10 @@ def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[
     def evaluate(subnet, held):
         examples = len(held.labels)
         padding = -examples % EVAL_BATCH
-        padded = [
-            np.concatenate([part, np.zeros((padding, *part.shape[1:]), part.dtype)]).reshape(
-                -1, EVAL_BATCH, *part.shape[1:]
-            )
-            for part in (held.images, held.labels, np.ones(examples, np.float32))
-        ]
+        padded = []
+        for part in (held.images, held.labels, np.ones(examples, np.float32)):
+            rest = np.zeros((padding, *part.shape[1:]), part.dtype)
+            padded.append(np.concatenate([part, rest]).reshape(-1, EVAL_BATCH, *part.shape[1:]))
         if held.name not in compiled:
             compiled[held.name] = compile_for_backend(sums, (subnet, *padded))
         loss, correct = compiled[held.name](subnet, *padded)
@@ -294,7 +297,7 @@ def all_finite(tree: Tree) -> jax.Array:
 
 
 def stop_if_not_finite(bad_step: int, workdir: Workdir) -> None:
-    """Raises UserError if a step was not finite. Nothing is saved after it: the last checkpoint is the last good one."""
+    """Raises UserError if a step was not finite. Nothing is saved after it."""
     if bad_step >= 0:
         raise UserError(
             f"the loss or what learns is not finite (NaN or infinity) at step {bad_step}. The checkpoints in "

@@ -34,7 +34,7 @@ def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
 
 
 def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
-    """Inputs that each output of an Equinox (or PyTorch) weight sums: (out, in, height, width), so all but the first."""
+    """Inputs that each output of an Equinox (or PyTorch) weight sums: (out, in, height, width), all but the first."""
     return math.prod(shape[1:])
 
 

@@ -192,28 +192,19 @@ def _search(keys: list[jax.Array], member: list[int], wanted: jax.Array, hints: 
     if hints is None and max(key.size for key in keys) >= SAMPLED_FROM:
         hints = _hints(keys, member, wanted, sizes)
 
-    def extreme(reduce):
-        return jnp.stack(
-            [
-                reduce(jnp.stack([reduce(key) for key, g in zip(keys, member, strict=True) if g == group]))
-                for group in range(groups)
-            ]
-        )
+    def per_group(combine, part):
+        parts = [[part(key, g) for key, g in zip(keys, member, strict=True) if g == group] for group in range(groups)]
+        return jnp.stack([combine(group) for group in parts])
 
-    def count(thresholds):
-        return jnp.stack(
-            [
-                sum(_count(key, thresholds[group]) for key, g in zip(keys, member, strict=True) if g == group)
-                for group in range(groups)
-            ]
-        )
+    def extreme(reduce):
+        return per_group(lambda parts: reduce(jnp.stack(parts)), lambda key, _: reduce(key))
 
     def is_open(b):
         return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
 
     def step(b):
         probe = _probe(b, wanted, hints)
-        at = count(probe)
+        at = per_group(sum, lambda key, g: _count(key, probe[g]))
         up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
         stalled = (at_low - at_high) * 4 > b.before
@@ -273,8 +264,10 @@ def _hints(keys: list[jax.Array], member: list[int], wanted: jax.Array, sizes: j
 
 def _sample(key: jax.Array) -> jax.Array:
     """About SAMPLE keys, evenly spaced along the longest axis: a slice that moves little between shards."""
+    if key.size <= SAMPLE:
+        return key
     axis = int(np.argmax(key.shape))
-    return lax.slice_in_dim(key, 0, None, stride=max(1, min(key.shape[axis], key.size // SAMPLE)), axis=axis)
+    return lax.slice_in_dim(key, 0, None, stride=min(key.shape[axis], key.size // SAMPLE), axis=axis)
 
 
 def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -1,0 +1,34 @@
+"""What every test runs under: warnings are errors, and arrays of different rank never combine by accident."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+DATA_DIR = os.environ.get("SUPERMASK_DATA_DIR")  # read once, before any test hides it
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit change of dtype inside the test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The directory named by SUPERMASK_DATA_DIR; skips the test where it holds no MNIST."""
+    if not DATA_DIR:
+        pytest.skip("SUPERMASK_DATA_DIR is not set: no MNIST to test on")
+    root = Path(DATA_DIR).expanduser()
+    # IDX files, compressed or not, in the folder or in its mnist/; or what tensorflow-datasets has prepared
+    patterns = ("train-images?idx3-ubyte*", "mnist/train-images?idx3-ubyte*", "mnist/*/dataset_info.json")
+    if not any(any(root.glob(pattern)) for pattern in patterns):
+        pytest.skip("SUPERMASK_DATA_DIR names a directory that holds no MNIST")
+    return root

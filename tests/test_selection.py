@@ -1,0 +1,298 @@
+"""The selection against a stable sort in NumPy, whatever the scores, their shapes and the counts."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from absl.testing import parameterized
+
+import supermask_jax as sm
+from supermask_jax.selection import SAMPLED_FROM, straight_through
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+DENSITIES = (0.0, 0.001, 0.3, 0.7, 1.0)
+SHAPES = ((0,), (1,), (7,), (3, 0, 2), (13, 11), (3, 3, 2, 5), (512, 200), (5, 5, 40, 70), (70_001,))
+SUBNORMAL = np.float32(1e-45)  # the smallest
+DISTRIBUTIONS = {
+    "uniform": lambda rng, n: rng.uniform(-1, 1, n),
+    "normal": lambda rng, n: rng.normal(size=n),
+    "lognormal": lambda rng, n: np.exp(4 * rng.normal(size=n)),
+    "negative": lambda rng, n: -np.abs(rng.normal(size=n)),
+    "ascending": lambda rng, n: np.sort(rng.normal(size=n)),
+    "descending": lambda rng, n: np.sort(rng.normal(size=n))[::-1],
+    "huge_range": lambda rng, n: rng.choice([-1, 1], n) * 10 ** rng.uniform(-44, 38, n),
+    "heavy_ties": lambda rng, n: rng.integers(-2, 3, n),
+    "all_equal": lambda rng, n: np.full(n, 0.25),
+    "zeros_of_both_signs": lambda rng, n: rng.choice([0.0, -0.0], n),
+    "subnormal": lambda rng, n: rng.integers(-9, 10, n) * SUBNORMAL,
+    "infinities": lambda rng, n: rng.choice([-np.inf, -1, 0, 1, np.inf], n),
+    "neighbouring_floats": lambda rng, n: np.float32(1) + rng.integers(0, 9, n) * np.finfo(np.float32).eps,
+    "one_outlier": lambda rng, n: np.where(np.arange(n) == n // 2, 1e30, 1e-30),
+}
+
+keep_highest = jax.jit(lambda scores, counts, within=None: sm.keep_highest(scores, counts, within))
+
+
+def draw(distribution, shape, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    return DISTRIBUTIONS[distribution](rng, int(np.prod(shape))).astype(np.float32).reshape(shape)
+
+
+def traced(counts):
+    return {name: np.int32(count) for name, count in counts.items()}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_count_highest_are_kept_and_of_equal_scores_the_lowest_flat_index_loses(shape, distribution):
+    scores = {"layer": draw(distribution, shape)}
+    size = scores["layer"].size
+    for count in {min(1, size), max(size - 1, 0), *(sm.keep_count(density, size) for density in DENSITIES)}:
+        masks = keep_highest(scores, traced({"layer": count}))
+        chex.assert_trees_all_equal_shapes_and_dtypes(masks, scores)
+        chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, {"layer": count}))
+
+
+def test_the_shapes_take_both_the_path_that_samples_and_the_one_that_does_not():
+    sizes = [int(np.prod(shape)) for shape in SHAPES]
+    assert min(sizes) < SAMPLED_FROM <= max(sizes)
+
+
+LAYERS = {
+    "a": ("all_equal", (13, 11)),
+    "b": ("normal", (3, 3, 2, 5)),
+    "c": ("uniform", (0,)),
+    "d": ("heavy_ties", (512, 200)),
+    "e": ("huge_range", (7,)),
+    "f": ("lognormal", (400, 250)),
+    "g": ("infinities", (1,)),
+}
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_layers_searched_together_get_the_masks_they_get_alone(turn):
+    """Layers that close early, late, tied, clean or empty share each pass; densities go round the layers."""
+    scores = {name: draw(*layer, seed=turn) for name, layer in LAYERS.items()}
+    counts = {name: sm.keep_count(DENSITIES[(turn + i) % 5], scores[name].size) for i, name in enumerate(scores)}
+    masks = keep_highest({**scores, "not prunable": None}, traced(counts))
+    assert masks.pop("not prunable") is None
+    chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, counts))
+
+
+@pytest.mark.parametrize("distribution", ("normal", "heavy_ties", "all_equal", "zeros_of_both_signs"))
+def test_within_masks_only_what_they_keep_is_chosen_from(distribution):
+    shapes = {"a": (13, 11), "b": (3, 3, 2, 5), "c": (512, 200)}
+    scores = {name: draw(distribution, shape) for name, shape in shapes.items()}
+    rng = np.random.default_rng(1)
+    for already in (0.3, 0.7):
+        within = {name: (rng.random(shape) < already).astype(np.float32) for name, shape in shapes.items()}
+        for density in DENSITIES:
+            counts = {name: sm.keep_count(density, int(mask.sum())) for name, mask in within.items()}
+            masks = keep_highest(scores, traced(counts), within)
+            chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, counts, within))
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_layerwise_masks_keep_the_same_share_of_every_layer(density):
+    scores = {name: draw(*LAYERS[name]) for name in "bde"}
+    masks = jax.jit(lambda s: sm.layerwise_masks(s, density))(scores)
+    counts = {name: sm.keep_count(density, s.size) for name, s in scores.items()}
+    chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, counts))
+
+
+def test_layerwise_masks_take_a_density_for_each_path():
+    scores = {"first": {"kernel": draw("normal", (13, 11))}, "last": {"kernel": draw("normal", (7,))}}
+    masks = jax.jit(lambda s: sm.layerwise_masks(s, {"first/kernel": 0.7, "last/kernel": 0.3}))(scores)
+    chex.assert_trees_all_equal(masks["first"]["kernel"], oracles.highest(scores["first"]["kernel"], 101))
+    chex.assert_trees_all_equal(masks["last"]["kernel"], oracles.highest(scores["last"]["kernel"], 3))
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_global_masks_rank_all_layers_as_one_array(density):
+    sets = [
+        {name: draw(distribution, shape) for name, shape in (("a", (13, 11)), ("b", (0,)), ("c", (30, 5)), ("d", (1,)))}
+        for distribution in ("normal", "huge_range", "heavy_ties", "all_equal", "zeros_of_both_signs", "subnormal")
+    ]
+    masks_of = jax.jit(lambda s: sm.global_masks(s, density))
+    for scores in sets:
+        count = sm.keep_count(density, sum(s.size for s in scores.values()))
+        chex.assert_trees_all_equal(masks_of(scores), oracles.highest_of_all(scores, count))
+
+
+def test_global_masks_of_a_large_and_a_small_layer_with_ties_across_them():
+    masks_of = jax.jit(lambda s: sm.global_masks(s, 0.3))
+    for distribution in ("normal", "heavy_ties", "all_equal"):
+        scores = {"large": draw(distribution, (300, 300)), "small": draw(distribution, (4, 5))}
+        chex.assert_trees_all_equal(masks_of(scores), oracles.highest_of_all(scores, sm.keep_count(0.3, 90_020)))
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_every_half_precision_number_is_ranked_and_the_masks_keep_the_dtype(dtype):
+    patterns = np.random.default_rng(0).permutation(2**16).astype(np.uint16).view(dtype)
+    scores = {"all": patterns[~np.isnan(patterns.astype(np.float32))]}
+    for density in (0.3, 0.5, 0.7):  # at a half the cut lies among the zeros and the subnormals
+        counts = {"all": sm.keep_count(density, scores["all"].size)}
+        masks = keep_highest(scores, traced(counts))
+        assert masks["all"].dtype == dtype
+        chex.assert_trees_all_equal(masks["all"].astype(jnp.float32), oracles.highest(scores["all"], counts["all"]))
+
+
+def test_counts_stay_exact_above_the_integers_of_float32():
+    shape = (4097, 4097)  # more than 2**24 equal scores, all of which straddle the cut
+    count = sm.keep_count(0.3, 4097**2)
+    mask = np.asarray(keep_highest({"layer": np.ones(shape, np.float32)}, {"layer": np.int32(count)})["layer"])
+    assert not mask.ravel()[:-count].any() and mask.ravel()[-count:].all()
+
+
+def test_flat_indices_are_32_bit_and_a_ranking_too_long_for_them_is_refused():
+    fits = {"a": jax.ShapeDtypeStruct((2**16, 2**14), jnp.float32)}
+    assert jax.eval_shape(lambda s: sm.global_masks(s, 0.3), fits) == fits
+    too_long = {name: jax.ShapeDtypeStruct((2**16, 2**14), jnp.float32) for name in "ab"}
+    with pytest.raises(ValueError, match="do(es)? not fit in 32 bits"):
+        jax.eval_shape(lambda s: sm.global_masks(s, 0.3), too_long)
+
+
+class CompiledAndNot(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("normal", "heavy_ties")
+    def test_masks_do_not_depend_on_compilation(self, distribution):
+        scores = {"a": draw(distribution, (13, 11)), "b": None, "c": draw(distribution, (7,))}
+        masks = self.variant(lambda s: sm.keep_highest(s, {"a": 43, "c": 5}))(scores)
+        chex.assert_trees_all_equal(masks["a"], oracles.highest(scores["a"], 43))
+        chex.assert_trees_all_equal(masks["c"], oracles.highest(scores["c"], 5))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0.3, 0.7)
+    def test_the_gradient_of_top_k_mask_is_the_cotangent_itself(self, density):
+        scores, cotangent = draw("heavy_ties", (13, 11)), draw("huge_range", (13, 11))
+
+        def pulled_back(scores, cotangent):
+            mask, pull = jax.vjp(lambda s: sm.top_k_mask(s, density), scores)
+            return mask, pull(cotangent)[0]
+
+        mask, gradient = self.variant(pulled_back)(scores, cotangent)
+        chex.assert_trees_all_equal(mask, oracles.highest(scores, sm.keep_count(density, scores.size)))
+        chex.assert_trees_all_equal(gradient, cotangent)
+
+
+def test_top_k_mask_ranks_signed_scores_not_their_magnitudes():
+    mask = sm.top_k_mask(jnp.array([-9.0, 0.5, 2.0, -0.1, 1.0], jnp.float32), 0.3)
+    chex.assert_trees_all_equal(mask, np.array([0, 0, 1, 0, 1], np.float32))
+
+
+def test_the_straight_through_mask_is_exactly_the_mask_where_m_plus_s_minus_s_would_round():
+    scores = jnp.array([0.1, 0.3, 0.7], jnp.float32)
+    mask = jax.jit(lambda s: straight_through(s, lambda s: sm.keep_highest(s, {"": 2})))(scores)
+    chex.assert_trees_all_equal(mask, np.array([0, 1, 1], np.float32))
+    rounded = np.float32(1) + np.asarray(scores) - np.asarray(scores)
+    assert (rounded != 1).any()  # so the values above can tell one from the other
+
+
+def test_vmap_over_networks_gives_each_its_own_mask():
+    scores = draw("heavy_ties", (4, 30))
+    masks = jax.jit(jax.vmap(lambda s: sm.top_k_mask(s, 0.3)))(scores)
+    chex.assert_trees_all_equal(masks, np.stack([oracles.highest(row, 9) for row in scores]))
+
+
+def test_other_scores_and_other_counts_compile_nothing_new():
+    step = jax.jit(chex.assert_max_traces(lambda s, counts: sm.keep_highest(s, counts), n=1))
+    for distribution, count in (("normal", 3), ("all_equal", 0), ("infinities", 90), ("subnormal", 17)):
+        scores = {"layer": draw(distribution, (10, 9))}
+        masks = step(scores, {"layer": np.int32(count)})
+        chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, {"layer": count}))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("select", (sm.keep_highest, sm.layerwise_masks, sm.global_masks))
+def test_nan_scores_are_refused_and_the_layer_is_named(select):
+    scores = {"good": jnp.zeros(3), "bad": jnp.array([0.0, jnp.nan])}
+    with pytest.raises(ValueError, match=r"'bad'.*NaN"):
+        select(scores, {"good": 1, "bad": 1} if select is sm.keep_highest else 0.3)
+
+
+@pytest.mark.parametrize("dtype", (np.int32, np.float64, bool))
+@pytest.mark.parametrize("select", (sm.keep_highest, sm.layerwise_masks, sm.global_masks))
+def test_scores_that_are_not_floats_of_at_most_32_bits_are_refused(select, dtype):
+    with pytest.raises(TypeError, match=f"'layer' has {np.dtype(dtype).name}"):
+        select({"layer": np.ones(5, dtype)}, {"layer": 1} if select is sm.keep_highest else 0.3)
+
+
+@pytest.mark.parametrize("count", (-1, 6))
+def test_a_count_out_of_range_is_refused(count):
+    with pytest.raises(ValueError, match=f"cannot keep {count} of the 5 weights .* 'layer'"):
+        sm.keep_highest({"layer": jnp.ones(5)}, {"layer": count})
+
+
+def test_more_than_the_masks_within_keep_is_refused():
+    with pytest.raises(ValueError, match="cannot keep 3 of the 2 weights"):
+        sm.keep_highest({"layer": jnp.ones(5)}, {"layer": 3}, {"layer": jnp.array([0.0, 1, 0, 1, 0])})
+
+
+def test_counts_must_name_every_leaf_and_nothing_else():
+    scores = {"Dense_0": {"kernel": jnp.ones(5)}, "Dense_1": {"kernel": jnp.ones(5)}}
+    with pytest.raises(ValueError, match=r"'Dense_0/kernl'.*did you mean 'Dense_0/kernel'"):
+        sm.keep_highest(scores, {"Dense_0/kernl": 3, "Dense_1/kernel": 3})
+    with pytest.raises(ValueError, match=r"leaves out Dense_1/kernel"):
+        sm.keep_highest(scores, {"Dense_0/kernel": 3})
+
+
+@pytest.mark.parametrize("density", (-0.1, 1.1, float("nan"), "most"))
+@pytest.mark.parametrize("select", (sm.layerwise_masks, sm.global_masks))
+def test_a_density_outside_0_to_1_is_refused(select, density):
+    with pytest.raises(ValueError, match=r"density must be a number in \[0, 1\]"):
+        select({"layer": jnp.ones(5)}, density)
+
+
+ON_EIGHT_DEVICES = """
+    import jax, numpy as np, oracles
+    import supermask_jax as sm
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    scores = {
+        "sampled": rng.normal(size=(1024, 72)).astype(np.float32),
+        "tied": rng.integers(-2, 3, (64, 6, 5)).astype(np.float32),
+        "plain": rng.normal(size=(64, 6)).astype(np.float32),
+    }
+    sharded = jax.device_put(scores, NamedSharding(mesh, P("data")))
+    counts = {name: sm.keep_count(0.3, s.size) for name, s in scores.items()}
+    total = sum(s.size for s in scores.values())
+    for name, f, expected in (
+        ("layerwise", lambda s: sm.layerwise_masks(s, 0.3), oracles.highest_in_each(scores, counts)),
+        ("global", lambda s: sm.global_masks(s, 0.7), oracles.highest_of_all(scores, sm.keep_count(0.7, total))),
+    ):
+        compiled = jax.jit(f).lower(sharded).compile()
+        program = compiled.as_text()
+        assert "all-reduce" in program, f"{name}: not sharded at all"
+        assert "all-gather" not in program, f"{name}: gathers scores"
+        masks = compiled(sharded)
+        for leaf in scores:
+            assert len(masks[leaf].sharding.device_set) == 8
+            np.testing.assert_array_equal(np.asarray(masks[leaf]), expected[leaf], err_msg=f"{name} {leaf}")
+    print("all equal")
+"""
+
+
+def test_scores_sharded_over_devices_give_the_same_masks_and_are_never_gathered():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PJRT_NPROC": "32",  # with a thread per core, eight devices on few cores can wait for each other forever
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr[-3000:]

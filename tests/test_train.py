@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import supermask_jax as sm
+
+WEIGHTS = {"kernel": jnp.arange(-6.0, 6.0).reshape(4, 3) / 10, "bias": jnp.ones(3)}
+
+
+def loss_fn(params, model_state, batch, key):
+    prediction = batch["x"] @ params["kernel"] + params["bias"][None]
+    noise = jax.random.normal(key)
+    return jnp.mean((prediction - batch["y"]) ** 2), (model_state, {"noise": noise})
+
+
+def batch():
+    x = jax.random.normal(jax.random.key(3), (8, 4))
+    return {"x": x, "y": x @ jnp.ones((4, 3))}
+
+
+def subnet():
+    return sm.Subnet(WEIGHTS, sm.init_scores(jax.random.key(1), WEIGHTS))
+
+
+def no_scores():
+    return sm.Subnet(WEIGHTS, jax.tree.map(lambda _: None, WEIGHTS))
+
+
+def trained(mask_fn, start, tx, learns, steps=5):
+    state = sm.init_state(start, tx, jax.random.key(2), learns=learns)
+    step = jax.jit(sm.make_train_step(mask_fn, loss_fn, tx, learns=learns))
+    seen = []
+    for _ in range(steps):
+        state, metrics = step(state, batch())
+        seen.append(metrics)
+    return state, seen, step
+
+
+def test_frozen_weights_stay_bit_identical_under_momentum_and_decay():
+    tx = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, 0.9))
+    state, metrics, _ = trained(sm.edge_popup(0.3), subnet(), tx, "scores", steps=20)
+    jax.tree.map(np.testing.assert_array_equal, state.subnet.weights, WEIGHTS)
+    assert not np.array_equal(state.subnet.scores["kernel"], subnet().scores["kernel"])
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_the_optimizer_sees_only_the_tree_that_learns():
+    state = sm.init_state(subnet(), optax.adam(1e-3), jax.random.key(0), learns="scores")
+    assert [leaf.shape for leaf in jax.tree.leaves(state.opt_state[0].mu)] == [(4, 3)]
+
+
+def test_dense_training_learns_the_weights():
+    state, metrics, _ = trained(sm.identity, no_scores(), optax.sgd(0.1), "weights")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert not np.array_equal(state.subnet.weights["bias"], WEIGHTS["bias"])
+
+
+def test_fixed_masks_keep_pruned_weights_out_of_the_network():
+    masks = {"kernel": jnp.zeros((4, 3)).at[0].set(1), "bias": None}
+    state, _, _ = trained(sm.identity, sm.Subnet(WEIGHTS, masks), optax.sgd(0.1, 0.9), "weights")
+    params = sm.subnetwork(sm.identity, state.subnet)
+    assert np.all(np.asarray(params["kernel"][1:]) == 0) and np.all(np.asarray(params["kernel"][0]) != 0)
+    np.testing.assert_array_equal(state.subnet.scores["kernel"], masks["kernel"])
+
+
+def test_one_step_is_the_closed_form():
+    tx = optax.sgd(0.5)
+    state, _, _ = trained(sm.edge_popup(0.7), subnet(), tx, "scores", steps=1)
+    start = subnet()
+    mask = sm.edge_popup(0.7)(start.scores, None)["kernel"]
+    b = batch()
+    error = b["x"] @ (WEIGHTS["kernel"] * mask) + WEIGHTS["bias"][None] - b["y"]
+    by_params = b["x"].T @ error * 2 / error.size
+    expected = start.scores["kernel"] - 0.5 * WEIGHTS["kernel"] * by_params * jnp.sign(start.scores["kernel"])
+    np.testing.assert_allclose(state.subnet.scores["kernel"], expected, atol=1e-6)
+
+
+def test_step_t_draws_from_the_key_and_t_alone():
+    _, whole, step = trained(sm.edge_popup(0.3), subnet(), optax.sgd(0.1), "scores")
+    state = sm.init_state(subnet(), optax.sgd(0.1), jax.random.key(2), learns="scores")
+    _, resumed = step(state._replace(step=jnp.int32(3)), batch())
+    noises = [float(m["noise"]) for m in whole]
+    assert len(set(noises)) == len(noises)
+    assert float(resumed["noise"]) == noises[3]
+
+
+def test_a_second_step_compiles_nothing():
+    _, _, step = trained(sm.edge_popup(0.3), subnet(), optax.sgd(0.1), "scores")
+    assert step._cache_size() == 1
+
+
+def test_pmap_replicas_keep_identical_scores_and_draw_different_noise():
+    """On one device: the axis exists, gradients are averaged over it, and the loss key is folded with its index."""
+    tx = optax.sgd(0.1)
+    state = sm.init_state(subnet(), tx, jax.random.key(2), learns="scores")
+    step = sm.make_train_step(sm.edge_popup(0.3), loss_fn, tx, learns="scores", axis_name="data")
+    halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch())
+    over = jax.vmap(step, in_axes=(None, 0), axis_name="data")
+    states, metrics = over(state, halves)
+    single = sm.make_train_step(sm.edge_popup(0.3), loss_fn, tx, learns="scores")
+    alone, _ = single(state, batch())
+    for replica in range(2):
+        np.testing.assert_allclose(states.subnet.scores["kernel"][replica], alone.subnet.scores["kernel"], atol=1e-6)
+    drawn = [jax.random.normal(k) for k in _loss_keys(state)]
+    np.testing.assert_allclose(metrics["noise"][0], np.mean(drawn), rtol=1e-6)
+    assert drawn[0] != drawn[1]
+
+
+def _loss_keys(state):
+    _, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    return [jax.random.fold_in(loss_key, i) for i in range(2)]
+
+
+# The silent failures: each would train nothing, or the wrong thing.
+
+
+def test_a_learning_tree_without_leaves_raises():
+    with pytest.raises(ValueError, match="no leaves"):
+        sm.init_state(no_scores(), optax.sgd(0.1), jax.random.key(0), learns="scores")
+
+
+def test_identity_scores_cannot_learn():
+    with pytest.raises(ValueError, match="cannot learn"):
+        sm.make_train_step(sm.identity, loss_fn, optax.sgd(0.1), learns="scores")
+
+
+def test_an_optimizer_state_of_the_other_tree_raises():
+    tx = optax.sgd(0.1, 0.9)
+    state = sm.init_state(subnet(), tx, jax.random.key(0), learns="weights")
+    with pytest.raises(ValueError, match="does not fit the scores tree"):
+        sm.make_train_step(sm.edge_popup(0.3), loss_fn, tx, learns="scores")(state, batch())
+
+
+@pytest.mark.parametrize("learns", ["Scores", "both", None])
+def test_learns_has_two_values_and_no_default(learns):
+    with pytest.raises(ValueError, match="'scores' or 'weights'"):
+        sm.make_train_step(sm.edge_popup(0.3), loss_fn, optax.sgd(0.1), learns=learns)
+    with pytest.raises(TypeError, match="learns"):
+        sm.make_train_step(sm.edge_popup(0.3), loss_fn, optax.sgd(0.1))
