@@ -58,6 +58,8 @@ class Config:
     """Pulls what learns (scores, or weights) towards zero."""
     dropout: bool = False
     """The convnet's published dropout: whole channels at 0.25 before, units at 0.5 after the first dense layer."""
+    shift: int = 0
+    """Training images are moved at random by up to so many pixels, each way."""
     seed: int = 0
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
     dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
@@ -81,6 +83,7 @@ class Config:
             ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"),
             ("validation", self.validation >= 0, "0 or more images"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
         ):

@@ -44,21 +44,31 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
 
 
-def make_loss(model, mean: float, std: float):
+def make_loss(model, mean: float, std: float, shift: int = 0):
     """loss_fn of a batch {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}.
 
-    The loss is the weighted mean cross-entropy; the metrics are weighted sums: "correct" and "count".
+    The loss is the weighted mean cross-entropy; the metrics are weighted sums: "correct" and "count". Each image is
+    first moved at random by up to `shift` pixels.
     """
 
     def loss_fn(params, model_state, batch, key):
-        images = normalise(batch["image"], mean, std)
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        dropout_key, shift_key = jax.random.split(key)
+        images = random_shift(shift_key, batch["image"], shift) if shift else batch["image"]
+        images = normalise(images, mean, std)
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
         losses, hits = losses_and_hits(logits, batch["label"])
         count = jnp.sum(batch["weight"])
         loss = jnp.sum(losses * batch["weight"]) / count
         return loss, (model_state, {"correct": jnp.sum(hits * batch["weight"]), "count": count})
 
     return loss_fn
+
+
+def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
+    """Images [n, h, w, c], each moved by its own whole number of pixels in [-pixels, pixels] per axis; 0 moves in."""
+    padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corners)
 
 
 def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

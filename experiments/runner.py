@@ -81,7 +81,7 @@ def _train(config, dataset: data.Dataset, method: Callable, workdir: Workdir) ->
     task = method(config, weights, leaf_key(key, "scores"))
     schedule = recipe.make_schedule(config, steps_per_epoch)
     tx = recipe.make_optimizer(config, schedule)
-    loss_fn = recipe.make_loss(model, dataset.mean, dataset.std)
+    loss_fn = recipe.make_loss(model, dataset.mean, dataset.std, config.shift)
     advance = Driver(sm.make_train_step(task.mask_fn, loss_fn, tx, learns=task.learns), task.learns, dataset)
     evaluate = make_evaluate(task.mask_fn, model, dataset)
     # Copies: masks that are the scores themselves would be donated with the state.

@@ -1,0 +1,67 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supermask_jax import models
+from supermask_jax.trees import by_path
+
+
+def init(model, shape=(2, 28, 28, 1)):
+    x = jax.random.normal(jax.random.key(1), shape)
+    return model.init(jax.random.key(0), x)["params"], x
+
+
+def test_convnet_has_the_published_kernels_and_no_biases():
+    params, _ = init(models.MnistConvNet())
+    assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
+        "Conv_0/kernel": (3, 3, 1, 32),
+        "Conv_1/kernel": (3, 3, 32, 64),
+        "Dense_0/kernel": (9216, 128),
+        "Dense_1/kernel": (128, 10),
+    }
+
+
+def test_convnet_is_the_published_function_without_a_relu_after_the_second_convolution():
+    model = models.MnistConvNet()
+    params, x = init(model)
+    kernels = by_path(params)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    y = jnp.maximum(conv(x, kernels["Conv_0/kernel"]), 0)
+    y = conv(y, kernels["Conv_1/kernel"])
+    y = jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    assert y.min() < 0
+    y = jnp.maximum(y.reshape(2, -1) @ kernels["Dense_0/kernel"], 0) @ kernels["Dense_1/kernel"]
+    np.testing.assert_allclose(model.apply({"params": params}, x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_dropout_drops_whole_feature_maps_and_dropout_single_units():
+    model = models.MnistConvNet(channel_dropout=0.25, dropout=0.5)
+    params, x = init(model)
+    rngs = {"dropout": jax.random.key(5)}
+    _, seen = model.apply({"params": params}, x, train=True, rngs=rngs, capture_intermediates=True)
+    channels, units = (seen["intermediates"][f"Dropout_{i}"]["__call__"][0] for i in range(2))
+    dropped = np.all(np.asarray(channels) == 0, axis=(1, 2))
+    assert 0 < dropped.mean() < 0.6
+    assert np.all(np.asarray(channels).transpose(0, 3, 1, 2)[~dropped] != 0)
+    assert np.mean(np.asarray(units) == 0) > 0.3
+    assert not np.array_equal(
+        model.apply({"params": params}, x), model.apply({"params": params}, x, train=True, rngs=rngs)
+    )
+
+
+@pytest.mark.parametrize(("use_bias", "size"), [(True, 266_610), (False, 266_200)])
+def test_lenet_has_the_published_number_of_weights(use_bias, size):
+    params, _ = init(models.LeNet300100(use_bias=use_bias))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24, 3), (1, 5, 7, 2)])
+def test_max_pool_is_reduce_window_and_drops_what_fills_no_window(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    expected = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    chex.assert_trees_all_equal(models.max_pool(x), expected)

@@ -1,0 +1,169 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import supermask_jax as sm
+from experiments import data, methods, recipe, runner
+from experiments.errors import UserError
+from experiments.mnist import Config
+from experiments.workdir import Workdir, default_path, write_text
+
+SETTINGS = dataclasses.replace(Config(), model="lenet-300-100", density=0.3, dataset="mnist-5k")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.load("mnist-5k")
+
+
+def task_of(dataset):
+    model = recipe.build_model(SETTINGS, dataset.classes)
+    weights = recipe.draw_weights(SETTINGS, model, (28, 28, 1), jax.random.key(0))
+    return model, methods.METHODS["edge-popup"](SETTINGS, weights, jax.random.key(1))
+
+
+# The order of the data.
+
+
+def test_an_epoch_shows_every_image_once_and_pads_with_weight_zero():
+    indices, weights = runner.epoch_order(jax.random.key(0), 0, examples=103, batch_size=10)
+    assert indices.shape == weights.shape == (11, 10)
+    assert sorted(indices[weights == 1]) == list(range(103))
+    assert weights[-1].tolist() == [1] * 3 + [0] * 7
+
+
+def test_the_order_is_a_function_of_key_and_epoch_alone():
+    first = runner.epoch_order(jax.random.key(0), 3, 103, 10)[0]
+    np.testing.assert_array_equal(first, runner.epoch_order(jax.random.key(0), 3, 103, 10)[0])
+    assert not np.array_equal(first, runner.epoch_order(jax.random.key(0), 4, 103, 10)[0])
+    assert not np.array_equal(first, runner.epoch_order(jax.random.key(1), 3, 103, 10)[0])
+
+
+# The driver.
+
+
+@pytest.mark.parametrize("steps_per_call", [4, 25])
+def test_many_steps_per_call_do_what_single_calls_do(dataset, monkeypatch, steps_per_call):
+    model, task = task_of(dataset)
+    tx = optax.sgd(0.1, 0.9)
+    order = runner.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
+
+    def after(steps):
+        monkeypatch.setitem(runner.STEPS_PER_CALL, "cpu", steps)
+        step = sm.make_train_step(task.mask_fn, recipe.make_loss(model, 0.13, 0.31), tx, learns="scores")
+        driver = runner.Driver(step, "scores", dataset)
+        subnet = jax.tree.map(jnp.copy, task.subnet)
+        state = sm.init_state(subnet, tx, jax.random.key(2), learns="scores")
+        state, totals, _ = driver(state, runner.zero_totals(), order, 0, 10)
+        return state, totals, driver
+
+    (one, totals_one, _), (many, totals_many, driver) = after(1), after(steps_per_call)
+    assert int(one.step) == int(many.step) == 10
+    assert len(driver._compiled) == (2 if steps_per_call == 4 else 1)
+    assert totals_one["count"] == totals_many["count"] == 640
+    np.testing.assert_allclose(totals_one["loss"], totals_many["loss"], rtol=1e-5)
+    masks = [task.mask_fn(state.subnet.scores, None) for state in (one, many)]
+    assert sum(runner.count_flips(*masks).values()) <= 5
+
+
+def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(dataset):
+    model, task = task_of(dataset)
+    tx = optax.sgd(lambda step: jnp.where(step == 6, jnp.inf, 0.1))
+    step = sm.make_train_step(task.mask_fn, recipe.make_loss(model, 0.13, 0.31), tx, learns="scores")
+    state = sm.init_state(task.subnet, tx, jax.random.key(2), learns="scores")
+    order = runner.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
+    _, totals, _ = runner.Driver(step, "scores", dataset)(state, runner.zero_totals(), order, 0, 10)
+    assert int(totals["bad_step"]) == 6
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_finite_means_every_number(value):
+    tree = {"a": jnp.ones((3, 3)), "b": None, "c": jnp.zeros(4)}
+    assert runner.all_finite(tree)
+    assert not runner.all_finite({**tree, "c": jnp.zeros(4).at[2].set(value)})
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("examples", [1, 249, 250, 1000])
+def test_evaluation_counts_every_example_once(dataset, examples):
+    model, task = task_of(dataset)
+    held = runner.Held("test", dataset.test_images[:examples], dataset.test_labels[:examples])
+    got = runner.make_evaluate(task.mask_fn, model, dataset)(task.subnet, held)
+    params = sm.subnetwork(task.mask_fn, task.subnet)
+    logits = model.apply({"params": params}, (held.images / np.float32(255) - 0.1307) / np.float32(0.3081))
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    np.testing.assert_allclose(got["test_loss"], -log_p[np.arange(examples), held.labels].mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["test_accuracy"], np.mean(log_p.argmax(-1) == held.labels), atol=1e-9)
+
+
+def test_flips_are_counted_per_layer():
+    before = {"a": jnp.array([0.0, 1, 1]), "b": None, "c": jnp.array([1.0, 1])}
+    after = {"a": jnp.array([1.0, 1, 0]), "b": None, "c": jnp.array([1.0, 1])}
+    assert runner.count_flips(before, after) == {"a": 2, "c": 0}
+
+
+# Schedules and the optimizer.
+
+
+def test_cosine_falls_at_each_step_and_cosine_epoch_at_each_epoch():
+    config = dataclasses.replace(SETTINGS, learning_rate=0.4, epochs=4)
+    smooth = recipe.make_schedule(config, 10)
+    stairs = recipe.make_schedule(dataclasses.replace(config, schedule="cosine-epoch"), 10)
+    assert float(smooth(0)) == float(stairs(0)) == float(stairs(9)) == np.float32(0.4)
+    assert smooth(1) < smooth(0) and float(smooth(40)) == 0
+    np.testing.assert_allclose(stairs(30), 0.4 * 0.5 * (1 + np.cos(np.pi * 3 / 4)), rtol=1e-6)
+
+
+def test_sgd_adds_decay_to_the_gradient_before_momentum():
+    """buf = 0.9 buf + (g + wd s); s -= lr buf: the rule of the published code."""
+    config = dataclasses.replace(SETTINGS, weight_decay=0.5, momentum=0.9)
+    tx = recipe.make_optimizer(config, optax.constant_schedule(0.1))
+    s, buf, state = 1.0, 0.0, tx.init(jnp.float32(1))
+    for g in (1.0, -2.0, 0.5):
+        updates, state = tx.update(jnp.float32(g), state, jnp.float32(s))
+        buf = 0.9 * buf + g + 0.5 * s
+        np.testing.assert_allclose(updates, -0.1 * buf, rtol=1e-6)
+        s -= 0.1 * buf
+
+
+# The work directory.
+
+
+def test_default_path_differs_with_every_setting_that_changes_the_result():
+    base = default_path(SETTINGS, "mnist")
+    assert base.parts[:2] == ("runs", "mnist") and base.name.startswith("edge-popup-mnist-5k-d0.3-s0-")
+    for field, value in {"seed": 1, "learning_rate": 0.2, "epochs": 3, "init": "kaiming-normal"}.items():
+        assert default_path(dataclasses.replace(SETTINGS, **{field: value}), "mnist") != base
+    for field, value in {"data_dir": "x", "checkpoint_every": 3, "preset": "tutorial"}.items():
+        assert default_path(dataclasses.replace(SETTINGS, **{field: value}), "mnist") == base
+
+
+def test_records_after_the_checkpoint_and_half_a_line_are_cut(tmp_path):
+    workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
+    for step in (0, 63, 126):
+        workdir.append({"epoch": step // 63, "step": step})
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "st')
+    workdir.cut_records(100)
+    assert [record["step"] for record in workdir.records()] == [0, 63]
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    Workdir(tmp_path / "run", SETTINGS, "digest")
+    with pytest.raises(UserError, match="data"):
+        Workdir(tmp_path / "run", SETTINGS, "another")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "summary.json"
+    write_text(file, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text(file, "new")
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
