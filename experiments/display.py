@@ -5,7 +5,7 @@ import time
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 MAX_LAYERS_SHOWN = 12
@@ -20,25 +20,16 @@ class Display:
         self._steps, self._epochs = steps, epochs
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}"),
-            TextColumn("{task.fields[rate]:,.0f} images/s"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=self.console,
             disable=not self._live,
+            expand=True,
         )
         self._task = self._progress.add_task(
-            "train",
-            total=steps,
-            completed=done,
-            epoch=1,
-            epochs=epochs,
-            loss=float("nan"),
-            accuracy=float("nan"),
-            rate=0.0,
+            "train", total=steps, completed=done, epoch=1, epochs=epochs, figures="compiling"
         )
         self._began, self._done_before = time.perf_counter(), done
 
@@ -55,9 +46,8 @@ class Display:
 
     def step(self, step: int, epoch: int, figures: dict, rate: float) -> None:
         """Training loss and accuracy of the epoch so far; rate in images per second."""
-        self._progress.update(
-            self._task, completed=step, epoch=epoch, loss=figures["loss"], accuracy=figures["accuracy"], rate=rate
-        )
+        text = f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.2%}  {rate:,.0f} images/s"
+        self._progress.update(self._task, completed=step, epoch=epoch, figures=text)
 
     def epoch(self, record: dict) -> None:
         """The line of an epoch that is over."""

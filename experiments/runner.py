@@ -132,8 +132,10 @@ def _train(config, dataset: data.Dataset, method: Callable, workdir: Workdir) ->
 
     test = evaluate(state.subnet, Held("test", dataset.test_images, dataset.test_labels))
     summary = _summary(config, dataset, workdir, state.subnet, masks, test, seconds, advance.compile_seconds)
-    plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
-    workdir.finish(summary)
+    try:
+        plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
+    finally:
+        workdir.finish(summary)  # a picture that fails must not cost the result
     return summary
 
 

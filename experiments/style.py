@@ -1,0 +1,92 @@
+"""How the pictures look: colours, figures, axes. No pyplot, which would keep figures alive and may want a display."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
+MARKERS = "os^vPXD"
+GREY = 0.72  # of what is dropped
+DOTS_PER_INCH = 200
+# What a network is called before and after training.
+STAGES = {"edge-popup": ("random subnetwork", "found subnetwork"), "dense": ("random network", "trained network")}
+OTHER_STAGES = ("before training", "after training")
+
+
+def save(figure, file: Path) -> None:
+    """Writes a PNG whole or, if anything interrupts it, leaves the old one."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def new_figure(title: str, width: float, height: float, layout: str = "constrained"):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)  # in inches
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def title_of(summary: dict) -> str:
+    where = f"{summary['method']} · {summary['model']} on {summary['dataset']}"
+    return f"{where} · density {summary['density']:.4g} · seed {summary['seed']}"
+
+
+def style_axes(ax, x: str, y: str) -> None:
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def diamond(ax, value: float, colour: str, label: str | None = None) -> None:
+    """Marks epoch 0: the network before training."""
+    ax.plot(0, value, "D", color="white", markeredgecolor=colour, markeredgewidth=1.5, markersize=7, label=label)
+
+
+def epoch_axis(ax, first: int, last: int) -> None:
+    margin = max(0.03 * (last - first), 0.2)
+    ax.set_xlim(first - margin, last + margin)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def log_axis(ax, values, accuracy: bool = False) -> None:
+    """A log y axis for values from 0 on; linear below the smallest that is not 0, so that zeros are drawn as well.
+
+    With `accuracy` the values are errors in percent: the ticks say the accuracies, and higher is better.
+    """
+    values = np.asarray(values)
+    values = values[np.isfinite(values)]
+    positive = values[values > 0] if (values > 0).any() else np.ones(1)
+    low, high, zeros = positive.min(), positive.max(), bool((values <= 0).any())
+    ax.set_yscale("symlog", linthresh=low, linscale=0.3) if zeros else ax.set_yscale("log")
+    bottom, top = -0.1 * low if zeros else low / 1.25, high * 1.25
+    steps = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 3e3 * low else (1,)
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [0.0] * zeros + [m * 10.0**p for p in powers for m in steps if low / 1.25 <= m * 10.0**p <= top]
+    ax.set_yticks(ticks, [f"{100 - tick if accuracy else tick:g}" for tick in ticks])
+    ax.set_yticks([], minor=True)
+    ax.set_ylim(*(top, bottom) if accuracy else (bottom, top))
+
+
+def held_of(records: list[dict]) -> str:
+    return "validation" if "validation_accuracy" in records[0] else "test"
+
+
+def evenly(names: list[str], most: int) -> list[str]:
+    """At most `most` of the names, the first and the last among them."""
+    return [names[i] for i in np.linspace(0, len(names) - 1, min(len(names), most)).round().astype(int)]
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """Sorts Conv_2 before Conv_10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path)]
