@@ -12,7 +12,7 @@ from experiments.errors import UserError
 
 RECIPES = {
     ("best", "edge-popup"): {"weight_decay": 2e-4, "shift": 1},
-    ("best", "dense"): {"init": "kaiming-normal", "learning_rate": 0.05, "weight_decay": 5e-4, "dropout": True},
+    ("best", "dense"): {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1},
     # simple_mnist_example.py of Ramanujan et al. 2020, with the flags of its tutorial.
     ("tutorial", "edge-popup"): {
         "init": "kaiming-normal",

@@ -61,16 +61,16 @@ def fit(config, dataset: data.Dataset, method: Callable, name: str) -> dict:
     """
     if dataset.warning:
         display.show_warning(dataset.warning)
+    rest, *held = data.hold_out(dataset, config.validation)
+    held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
     path = Path(config.workdir) if config.workdir else default_path(config, name)
     workdir = Workdir(path, config, data_digest=f"{zlib.crc32(dataset.train_images.tobytes()):08x}")
-    summary = workdir.summary() or _train(config, dataset, method, workdir)
+    summary = workdir.summary() or _train(config, rest, held, method, workdir)
     display.show_summary(summary, path)
     return summary
 
 
-def _train(config, dataset: data.Dataset, method: Callable, workdir: Workdir) -> dict:
-    dataset, *held = data.hold_out(dataset, config.validation)
-    held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
+def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir: Workdir) -> dict:
     examples = len(dataset.train_labels)
     steps_per_epoch = -(-examples // config.batch_size)
     last_step = config.epochs * steps_per_epoch

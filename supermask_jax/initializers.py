@@ -7,6 +7,7 @@ leaves come back as they were. A leaf's draw depends on its path and the key alo
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +61,7 @@ def signed_constant(
     Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling).
     """
 
-    def draw(key, shape, scale):
-        positive = jax.random.bits(key, shape, jnp.uint32) >> 31
-        return jnp.where(positive, scale, -scale)
-
-    return _redraw(draw, key, weights, density, where, fan_in)
+    return _redraw(_signed, key, weights, density, where, fan_in)
 
 
 def unsigned_constant(
@@ -113,8 +110,21 @@ def kaiming_uniform(
 
 def symmetric_uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     """[shape] float32 from U(-bound, bound): odd multiples of bound / 2**24, never 0, the same on every machine."""
+    return _odd_multiples(key, shape, np.float32(bound / 2**24))
+
+
+# Compiled, so that a draw costs one compilation per shape and not one per operation.
+
+
+@partial(jax.jit, static_argnums=1)
+def _signed(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Array:
+    return jnp.where(jax.random.bits(key, shape, jnp.uint32) >> 31, scale, -scale)
+
+
+@partial(jax.jit, static_argnums=1)
+def _odd_multiples(key: jax.Array, shape: tuple[int, ...], unit: np.float32) -> jax.Array:
     odd = ((jax.random.bits(key, shape, jnp.uint32) >> 8) << 1).astype(jnp.int32) + (1 - 2**24)
-    return odd.astype(jnp.float32) * np.float32(bound / 2**24)  # one rounding; a fused multiply-add has no place
+    return odd.astype(jnp.float32) * unit  # one rounding: there is no sum for a compiler to fuse it with
 
 
 def standard_normal(bits: np.ndarray) -> np.ndarray:

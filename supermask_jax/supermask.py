@@ -54,9 +54,20 @@ def edge_popup(density: float | Mapping[str, float]) -> MaskFn:
         exact(value)  # raises here, not at the first step
 
     def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
-        return straight_through(jax.tree.map(jnp.abs, scores), lambda ranked: layerwise_masks(ranked, density))
+        return straight_through(jax.tree.map(_magnitude, scores), lambda ranked: layerwise_masks(ranked, density))
 
     return mask_fn
+
+
+@jax.custom_jvp
+def _magnitude(score: jax.Array) -> jax.Array:
+    return jnp.abs(score)
+
+
+@_magnitude.defjvp
+def _magnitude_jvp(scores, tangents):
+    """sign(s), which is 0 at 0, as published; the derivative of jnp.abs is 1 there."""
+    return jnp.abs(scores[0]), tangents[0] * jnp.sign(scores[0])
 
 
 def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: FanIn = flax_fan_in) -> Scores:

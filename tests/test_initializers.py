@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
-from supermask_jax import initializers
+from supermask_jax import initializers, trees
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -31,15 +31,25 @@ def zeros(*shape):
     return {"kernel": np.zeros(shape, np.float32)}
 
 
-def size_of_draws(initializer, fan, shape, density=None):
-    """What an initializer multiplies its standard draw by, to a rounding: its draws over those for a fan-in of 2.
+def leaf_key():
+    return trees.leaf_key(jax.random.key(KEY), "kernel")
 
-    With a fan-in of 2 the standard deviation is sqrt(2 / 2) = 1. Nothing is asked but the ratio's being the same
-    for all weights.
-    """
-    scaled = initializer(jax.random.key(KEY), zeros(*shape), density, fan_in=lambda path, shape: fan)["kernel"]
-    standard = initializer(jax.random.key(KEY), zeros(*shape), fan_in=lambda path, shape: 2)["kernel"]
-    ratio = np.asarray(scaled, np.float64) / np.asarray(standard, np.float64)
+
+# What each draws before it is scaled, of standard deviation 1: from the leaf's own key, 32 bits a weight.
+STANDARD = {
+    "signed_constant": lambda shape: 1 - 2 * (np.asarray(jax.random.bits(leaf_key(), shape, jnp.uint32)) < 2**31),
+    "unsigned_constant": np.ones,
+    "kaiming_normal": lambda shape: initializers.standard_normal(
+        np.asarray(jax.random.bits(leaf_key(), shape, jnp.uint32))
+    ),
+    "kaiming_uniform": lambda shape: math.sqrt(3) * np.asarray(initializers.symmetric_uniform(leaf_key(), shape, 1.0)),
+}
+
+
+def size_of_draws(name, fan, density=None):
+    """What an initializer multiplies its standard draw by: the same for all weights, or the test fails."""
+    scaled = OURS[name](jax.random.key(KEY), zeros(*SMALL), density, fan_in=lambda path, shape: fan)["kernel"]
+    ratio = np.asarray(scaled, np.float64) / STANDARD[name](SMALL)
     np.testing.assert_allclose(ratio, ratio.flat[0], rtol=4e-7)
     return float(np.median(ratio))
 
@@ -54,7 +64,7 @@ def test_sizes_match_hidden_networks_where_its_scaling_and_the_papers_agree(name
     rows = [row for row in GOLDEN["hidden_networks"] if row["init"] == name and row["prune_rate_arg"] in (None, 0.5)]
     assert rows
     for row in rows:
-        ours = size_of_draws(OURS[name], row["fan"], SMALL, row["prune_rate_arg"])
+        ours = size_of_draws(name, row["fan"], row["prune_rate_arg"])
         assert ours == pytest.approx(row["std"], rel=1e-6), row
 
 
@@ -67,10 +77,10 @@ def test_sizes_scale_with_the_density_as_in_the_paper_not_as_in_its_released_cod
     assert rows
     for row in rows:
         kept = row["prune_rate_arg"]
-        ours = size_of_draws(OURS[name], row["fan"], SMALL, kept)
+        ours = size_of_draws(name, row["fan"], kept)
         assert ours == pytest.approx(row["std_paper_if_argument_is_kept_fraction"], rel=1e-6), row
         assert ours != pytest.approx(row["std"], rel=0.1)
-        assert size_of_draws(OURS[name], row["fan"], SMALL, 1 - kept) == pytest.approx(row["std"], rel=1e-6), row
+        assert size_of_draws(name, row["fan"], 1 - kept) == pytest.approx(row["std"], rel=1e-6), row
 
 
 @pytest.mark.parametrize("name", ("signed_constant", "unsigned_constant"))
@@ -93,24 +103,22 @@ def test_sizes_match_random_pruning_up_to_its_gain_for_a_leaky_relu():
     assert {row["density"] for row in rows} >= {None, 0.05, 0.2, 0.5}
     for row in rows:
         name, slope = names[row["init"]]
-        ours = size_of_draws(OURS[name], row["fan_in"], SMALL, row["density"])
+        ours = size_of_draws(name, row["fan_in"], row["density"])
         assert ours / math.sqrt(slope) == pytest.approx(row["std"], rel=1e-6), row
 
 
 def test_scores_are_uniform_between_the_published_bounds():
-    """Golden bounds by fan-in: the ratio of draws for the row's fan-in and for a fan-in of 1 is the bound."""
-
-    def scores(fan_in, shape=SMALL):
+    def scores(fan_in, shape):
         drawn = sm.init_scores(jax.random.key(KEY), zeros(*shape), fan_in=lambda path, shape: fan_in)
         return np.asarray(drawn["kernel"], np.float64)
 
-    rows = [row for row in GOLDEN["hidden_networks_scores"] if row["what"].startswith("scores")]
-    assert len(rows) == 3
+    unit = np.asarray(initializers.symmetric_uniform(leaf_key(), SMALL, 1.0), np.float64)
     many = scores(1, MANY)
     deviation = 4 / math.sqrt(2 * many.size)
+    rows = [row for row in GOLDEN["hidden_networks_scores"] if row["what"].startswith("scores")]
+    assert len(rows) == 3
     for row in rows:
-        fan_in = math.prod(row["shape_OIHW"][1:])
-        np.testing.assert_allclose(scores(fan_in) / scores(1), row["bound"], rtol=1e-6)
+        np.testing.assert_allclose(scores(math.prod(row["shape_OIHW"][1:]), SMALL) / unit, row["bound"], rtol=1e-6)
         assert np.abs(many).mean() * row["bound"] == pytest.approx(row["abs_score_mean"], rel=deviation)
         assert many.std() * row["bound"] == pytest.approx(row["std"], rel=deviation)
     assert 0.9999 < np.abs(many).max() < 1

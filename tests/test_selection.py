@@ -239,6 +239,20 @@ def test_more_than_the_masks_within_keep_is_refused():
         sm.keep_highest({"layer": jnp.ones(5)}, {"layer": 3}, {"layer": jnp.array([0.0, 1, 0, 1, 0])})
 
 
+@pytest.mark.parametrize(
+    "within", ({"a": np.ones(5, np.float32)}, {"a": np.ones(5, np.float32), "B": np.ones(5, np.float32)})
+)
+def test_within_must_name_every_leaf_and_nothing_else(within):
+    scores = {"a": np.ones(5, np.float32), "b": np.ones(5, np.float32)}
+    with pytest.raises(ValueError, match=r"[bB]"):
+        sm.keep_highest(scores, {"a": 3, "b": 3}, within)
+
+
+def test_within_must_have_the_shape_of_its_scores():
+    with pytest.raises(ValueError, match="layer"):
+        sm.keep_highest({"layer": np.ones(5, np.float32)}, {"layer": 1}, {"layer": np.ones((), np.float32)})
+
+
 def test_counts_must_name_every_leaf_and_nothing_else():
     scores = {"Dense_0": {"kernel": jnp.ones(5)}, "Dense_1": {"kernel": jnp.ones(5)}}
     with pytest.raises(ValueError, match=r"'Dense_0/kernl'.*did you mean 'Dense_0/kernel'"):
