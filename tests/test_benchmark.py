@@ -25,6 +25,7 @@ def check_rows(rows):
 
 def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    monkeypatch.setattr(benchmark, "TARGET_BATCH", BATCH)
     file = tmp_path / "new" / "benchmark.json"
     result = benchmark.main(benchmark.Config(rounds=2, batch_sizes=(BATCH,), output=str(file)), TINY)
 
