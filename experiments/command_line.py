@@ -78,12 +78,11 @@ def _keep_freed_memory() -> None:
     library should not change a process."""
     if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_"):
         return
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # from malloc.h
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 2**28)
-        libc.mallopt(m_arena_max, 1)  # the other threads' arenas cannot hold blocks of 64 MiB and more
     except (OSError, AttributeError):  # another C library: slower, not wrong
         return

@@ -127,7 +127,7 @@ def _check(path: str, score: jax.Array, count, allowed: jax.Array | None) -> Non
         raise ValueError(f"the mask of {path!r} has shape {allowed.shape}, its scores {score.shape}")
     if allowed is not None and not isinstance(allowed, jax.core.Tracer):
         room = int(np.count_nonzero(np.asarray(allowed)))
-    if not isinstance(count, jax.core.Tracer) and not 0 <= count <= room:
+    if not isinstance(count, jax.core.Tracer) and not (count == int(count) and 0 <= count <= room):
         raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {path!r}")
 
 

@@ -21,15 +21,23 @@ NOT_KERNELS = ("bias", "b", "scale", "embedding")
 
 def path_name(path: tuple) -> str:
     """A leaf's keys joined by "/": "Conv_0/kernel". A trailing `value` (of an NNX variable) is dropped."""
-    names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
-    if len(names) > 1 and names[-1] == "value":
-        names.pop()
-    return "/".join(names)
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
-    """{path: leaf} of every leaf that is not None, in the tree's own order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """{path: leaf} of every leaf that is not None, in the tree's own order.
+
+    Raises:
+      ValueError: two leaves have the same path, as those of {"a/b": x, "a": {"b": y}} do.
+    """
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if path_name(path) in leaves:
+            raise ValueError(f"two leaves have the path {path_name(path)!r}; rename one of them")
+        leaves[path_name(path)] = leaf
+    return leaves
 
 
 def map_with_name(f: Callable, tree: Tree, *rest: Tree) -> Tree:

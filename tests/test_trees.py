@@ -37,7 +37,7 @@ class Nnx(nnx.Module):
         ({"Conv_0": {"kernel": array(2), "bias": array(2)}, "a": array(1)}, ["Conv_0/bias", "Conv_0/kernel", "a"]),
         ([array(1), (array(2), {"w": array(3)})], ["0", "1/0", "1/1/w"]),
         (sm.Subnet(weights={"w": array(1)}, scores={"w": None}), ["weights/w"]),
-        ({"layer": {"value": array(1)}}, ["layer"]),
+        ({"layer": {"value": array(1)}}, ["layer/value"]),
         ({"value": {"kernel": array(1)}}, ["value/kernel"]),  # attention's own `value` is not a trailing one
         ({"value": array(1)}, ["value"]),
         (array(2), [""]),
@@ -50,6 +50,11 @@ def test_a_path_is_the_leafs_keys_joined_by_slashes_without_a_trailing_value(tre
 def test_paths_of_a_linen_model_are_the_names_of_its_params():
     params = jax.eval_shape(Linen().init, jax.random.key(0), array(1, 4, 4, 1))["params"]
     assert list(trees.by_path(params)) == ["Conv_0/bias", "Conv_0/kernel", "out/bias", "out/kernel"]
+
+
+def test_two_leaves_of_one_path_raise_instead_of_sharing_a_mask():
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        trees.by_path({"a/b": np.ones(2), "a": {"b": np.ones(2)}})
 
 
 def test_paths_of_an_nnx_model_carry_no_trailing_value():

@@ -8,7 +8,7 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """Non-overlapping max-pooling of [n, h, w, c]; rows and columns that fill no window are dropped.
 
     By reshape, not `reduce_window`, whose gradient is several times slower on a CPU. Where inputs tie for the
-    maximum, they share its gradient.
+    maximum, they share its gradient; in PyTorch and `flax.linen.max_pool` the first of them gets it.
     """
     n, h, w, c = x.shape
     h, w = h // window, w // window
