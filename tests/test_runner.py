@@ -132,6 +132,20 @@ def test_sgd_adds_decay_to_the_gradient_before_momentum():
         s -= 0.1 * buf
 
 
+# Shifts.
+
+
+def test_each_image_moves_by_its_own_whole_pixels_and_background_moves_in():
+    image = jnp.zeros((9, 9, 1), jnp.uint8).at[3:6, 4:6].set(jnp.arange(1, 7, dtype=jnp.uint8).reshape(3, 2, 1))
+    moved = np.asarray(recipe.random_shift(jax.random.key(0), jnp.stack([image] * 400), 2))
+    assert moved.shape == (400, 9, 9, 1) and moved.dtype == np.uint8
+    corners = [tuple(np.argwhere(m[..., 0] == 1)[0]) for m in moved]
+    assert set(corners) == {(y, x) for y in range(1, 6) for x in range(2, 7)}  # all 25 moves, and no other
+    for m, (y, x) in zip(moved, corners, strict=True):
+        np.testing.assert_array_equal(m[y : y + 3, x : x + 2], image[3:6, 4:6])
+        assert m.sum() == 21
+
+
 # The work directory.
 
 
