@@ -81,6 +81,8 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
 
     console = Console(file=sys.stdout)
     file = Path(config.output)
+    if file.is_dir():
+        raise UserError(f"{file} is a directory; name a file with --output.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with console.status("compiling"):
         dataset, weights = noise(sizes)

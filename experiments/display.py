@@ -4,9 +4,11 @@ import sys
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 MAX_LAYERS_SHOWN = 12
 
@@ -42,7 +44,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, epoch: int, figures: dict, rate: float) -> None:
         """Training loss and accuracy of the epoch so far; rate in images per second."""
@@ -65,7 +67,7 @@ class Display:
 
 def show_warning(text: str) -> None:
     """A warning in a frame, on standard error."""
-    Console(stderr=True).print(Panel(text, title="WARNING", style="bold yellow", expand=False))
+    Console(stderr=True).print(Panel(Text(text), title="WARNING", style="bold yellow", expand=False))
 
 
 def show_summary(summary: dict, path) -> None:
@@ -79,7 +81,7 @@ def show_summary(summary: dict, path) -> None:
         "training": f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",
         "seed": str(summary["seed"]),
-        "files": str(path),
+        "files": escape(str(path)),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -33,7 +33,7 @@ class Config:
     method: Literal["edge-popup", "dense"] = "edge-popup"
     """edge-popup learns scores and keeps the highest; dense trains the weights of the same network."""
     preset: Literal["best", "tutorial"] = "best"
-    """Where the defaults of the other flags come from: our best recipe, or the published tutorial."""
+    """Our best recipe, or the published tutorial: the defaults below are those of the --preset and --method given."""
     model: Literal["convnet", "lenet-300-100"] = "convnet"
     """The network; neither has biases here."""
     density: float = 0.5
@@ -70,7 +70,7 @@ class Config:
     """Training images to hold out. Then epochs report them, and the test set is measured once, at the end."""
     workdir: str | None = None
     """Where the run leaves its files, and resumes from. [runs/mnist/<a name made from the settings>]"""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 500
     """Steps between checkpoints."""
 
     def check(self) -> None:
@@ -90,7 +90,9 @@ class Config:
             if not valid:
                 raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
         if self.dropout and self.model != "convnet":
-            raise UserError("--dropout is the convnet's; LeNet-300-100 was published without.")
+            raise UserError("Dropout is the convnet's, LeNet-300-100 was published without: say --no-dropout.")
+        if self.scale_weights and self.method == "dense":
+            raise UserError("--scale-weights scales by --density, and dense training keeps every weight.")
 
 
 def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
@@ -103,7 +105,7 @@ def main(config: Config) -> dict:
     from experiments import data, methods, runner  # here, so that --help answers at once
 
     dataset = data.load(config.dataset, config.data_dir)
-    config = replace(config, dataset=dataset.name)
+    config = replace(config, dataset=dataset.name, density=1.0 if config.method == "dense" else config.density)
     return runner.fit(config, dataset, methods.METHODS[config.method], name="mnist")
 
 

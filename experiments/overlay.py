@@ -82,6 +82,8 @@ def _read_run(path: Path) -> Run:
     try:
         summary = json.loads((path / "summary.json").read_text())
         records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for key in ("dataset", "model", "method", "seed", "density", "config"):
+            summary[key]
         if [record["epoch"] for record in records] != list(range(summary["epochs"] + 1)):
             raise ValueError(f"metrics.jsonl does not hold the epochs 0 to {summary['epochs']} in order")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -63,7 +63,7 @@ def fit(config, dataset: data.Dataset, method: Callable, name: str) -> dict:
         display.show_warning(dataset.warning)
     rest, *held = data.hold_out(dataset, config.validation)
     held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
-    path = Path(config.workdir) if config.workdir else default_path(config, name)
+    path = Path(config.workdir).expanduser() if config.workdir else default_path(config, name)
     workdir = Workdir(path, config, data_digest=f"{zlib.crc32(dataset.train_images.tobytes()):08x}")
     summary = workdir.summary() or _train(config, rest, held, method, workdir)
     display.show_summary(summary, path)
@@ -93,7 +93,7 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
         restored = checkpoints.restore(progress)
         step, (state, totals, masks, seconds) = restored or (0, progress)
         seconds = float(seconds)
-        workdir.cut_records(step if restored else -1)
+        workdir.cut_records(step if restored else -1, epochs=step // steps_per_epoch + 1 if restored else 0)
         with display.Display(last_step, step, config.epochs) as shown:
             if restored:
                 shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
@@ -134,8 +134,10 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
     summary = _summary(config, dataset, workdir, state.subnet, masks, test, seconds, advance.compile_seconds)
     try:
         plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
-    finally:
-        workdir.finish(summary)  # a picture that fails must not cost the result
+    except Exception:
+        workdir.finish(summary)  # a picture that fails must not cost the result; an interrupted run draws it later
+        raise
+    workdir.finish(summary)
     return summary
 
 

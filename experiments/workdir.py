@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from experiments.errors import UserError
+
+A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
+SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
 
 CHANGE_NO_RESULT = ("data_dir", "workdir", "checkpoint_every", "preset")  # a preset is only a name for its settings
 KEPT_CHECKPOINTS = 2
@@ -34,6 +38,11 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "config.json").exists():
                 self._refuse_other_settings(record)
+            elif found := [name for name in A_RUNS_FILES if (self.path / name).exists()]:
+                raise UserError(
+                    f"{self.path} holds {', '.join(found)} but not config.json, the settings of that run. "
+                    "Put it back, or name another --workdir."
+                )
             else:
                 write_json(self.path / "config.json", record)
         except OSError as error:
@@ -43,6 +52,11 @@ class Workdir:
 
     def _refuse_other_settings(self, record: dict) -> None:
         old = self.config()
+        if old.get("data") != record["data"] and old.get("dataset") == record["dataset"]:
+            raise UserError(
+                f"{self.path} holds a run on {old['dataset']} images that are not those found now, or in another "
+                "order. Name the directory it used with --data-dir, or begin a new run in another --workdir."
+            )
         differing = [
             f"{field} (was {old.get(field)!r}, now {record.get(field)!r})"
             for field in sorted({*old, *record} - {*CHANGE_NO_RESULT})
@@ -57,7 +71,12 @@ class Workdir:
     def summary(self) -> dict | None:
         """The summary of a finished run, or None."""
         file = self.path / "summary.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        summary = read_json(file)
+        if missing := SUMMARY_KEYS - set(summary):
+            raise UserError(f"{file} is damaged (no {', '.join(sorted(missing))}); move it away to have it made again.")
+        return summary
 
     def finish(self, summary: dict) -> None:
         """Writes summary.json, the mark of a finished run."""
@@ -76,9 +95,18 @@ class Workdir:
                 records.append(json.loads(line))
         return records
 
-    def cut_records(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that come after `step`: a resumed run writes them again."""
+    def cut_records(self, step: int, epochs: int) -> None:
+        """Drops the lines of metrics.jsonl that come after `step`: a resumed run writes them again.
+
+        Raises:
+          UserError: what is left is not one line for each of the first `epochs` epochs, counted from 0.
+        """
         kept = [record for record in self.records() if record["step"] <= step]
+        if [record["epoch"] for record in kept] != list(range(epochs)):
+            raise UserError(
+                f"{self.path / 'metrics.jsonl'} does not hold the epochs 0 to {epochs - 1} that the checkpoint at step "
+                f"{step} has behind it. Put the file back, or begin a new run in another --workdir."
+            )
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, record: dict) -> dict:
@@ -97,7 +125,7 @@ class Checkpoints:
     """The last checkpoints of a run, by step. A save that is killed leaves the ones before it whole."""
 
     def __init__(self, path: Path):
-        training = ocp.training
+        self._path, training = path, ocp.training
         self._orbax = training.Checkpointer(
             path.absolute(),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # we decide when
@@ -113,14 +141,27 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any) -> None:
         """Saves a pytree of arrays; returns when it is on disk. (A background save would read donated buffers.)"""
-        self._orbax.save_pytree(step, tree)
+        self._orbax.save(step, tree)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """(step, tree) of the latest whole checkpoint, laid out like `like`; None when there is none."""
-        if self._orbax.latest is None:
-            return None
+        """(step, tree) of the latest whole checkpoint, laid out like `like`; None when there is none at all.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._orbax.latest.step, self._orbax.load_pytree(None, abstract)
+        steps = sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True)
+        for step in steps:
+            try:
+                return step, self._orbax.load(step, abstract)
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                warnings.warn(f"cannot read the checkpoint at step {step}: {str(error)[:200]}", stacklevel=2)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). Put whole ones back, "
+                "or begin a new run in another --workdir."
+            )
+        return None
 
 
 def _settings(config) -> dict:
@@ -130,9 +171,12 @@ def _settings(config) -> dict:
 def read_json(file: Path) -> dict:
     """The object in a JSON file; UserError if it is damaged."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(file.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:  # bad JSON, or bytes that are no text
         raise UserError(f"{file} is damaged ({error}); move it away, or name another --workdir.") from error
+    return value
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -27,7 +27,7 @@ def exact(density) -> Fraction:
     """The density as an exact fraction of its decimal form; ValueError outside [0, 1]."""
     try:
         value = Fraction(str(density))  # str gives the shortest decimal, also of NumPy and JAX scalars
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         value = None
     if value is None or not 0 <= value <= 1:
         raise ValueError(f"density must be a number in [0, 1] (the fraction kept), got {density!r}")

@@ -49,7 +49,7 @@ def signed_constant(
     """Weights of one size, sqrt(2 / fan_in), and random sign.
 
     Args:
-      key: a `jax.random.key`.
+      key: a `jax.random.key`, not the one the scores are drawn with.
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept (one, or {path: fraction}): the constant is then scaled by
         sqrt(1 / density), as in the paper. Its released code scales by sqrt(1 / (1 - density)); they agree at 0.5.

@@ -46,7 +46,8 @@ def edge_popup(density: float | Mapping[str, float]) -> MaskFn:
       density: fraction kept, in [0, 1]; one for all layers, or {path: fraction} naming each prunable leaf.
 
     Raises:
-      ValueError: a density is out of range; when the masks are made, also a path that does not match.
+      ValueError: a density is out of range; when the masks are made, also a path that does not match, and NaN scores
+        (not under jit, where values are not known: there NaN ranks highest).
 
     Source: Ramanujan et al. 2020, section 3 and its released code (which ranks magnitudes; the paper, signed scores).
     """
@@ -74,13 +75,15 @@ def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: Fan
     """Scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
 
     Args:
-      key: a `jax.random.key`; each leaf's draw depends on it and on the leaf's path alone.
+      key: a `jax.random.key`, not the one the weights were drawn with: a leaf's draw depends on the key and the
+        leaf's path alone, and from one key a weight and its score would be drawn from the same bits.
       weights: tree whose shapes and dtypes the scores take.
       where: (path, leaf) -> whether the leaf is prunable.
-      fan_in: (path, shape) -> the leaf's fan-in.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
 
     Raises:
       ValueError: `where` chooses no leaf.
+      TypeError: it chooses a leaf that is not of floats.
 
     Source: the released code of Ramanujan et al. 2020 (kaiming_uniform with a = sqrt(5)).
     """
@@ -89,6 +92,8 @@ def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: Fan
     def draw(path: str, leaf: jax.Array) -> Any:
         if path not in shapes:
             return None
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"only floats are prunable; {path!r} has {leaf.dtype}")
         bound = 1 / math.sqrt(fan_in(path, leaf.shape))
         return symmetric_uniform(leaf_key(key, path), leaf.shape, bound).astype(leaf.dtype)
 

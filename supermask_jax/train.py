@@ -51,7 +51,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]:
     """The function step(state, batch) -> (state, metrics), to be compiled by the caller (jit, pmap, scan).
 
-    The other tree stays bit-identical. `metrics` holds "loss" and what `loss_fn` returns.
+    The other tree stays bit-identical; with learns="scores" so do biases and every other leaf of the weights.
+    `metrics` holds "loss" and what `loss_fn` returns. A caller that donates the state gives its arrays away, those of
+    the `Subnet` it was made from included.
 
     Args:
       mask_fn: scores -> masks; called with the same key on every device.
@@ -78,7 +80,10 @@ def make_train_step(
 
         def loss_of(learner):
             params = subnetwork(mask_fn, state.subnet._replace(**{learns: learner}), mask_key)
-            return loss_fn(params, state.model_state, batch, loss_key)
+            loss, aux = loss_fn(params, state.model_state, batch, loss_key)
+            if not (isinstance(aux, tuple) and len(aux) == 2 and isinstance(aux[1], dict) and "loss" not in aux[1]):
+                raise ValueError("loss_fn must return (loss, (model_state, metrics)); metrics: a dict without 'loss'")
+            return loss, aux
 
         (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(learner)
         metrics = {"loss": loss, **metrics}

@@ -46,7 +46,10 @@ def map_with_name(f: Callable, tree: Tree, *rest: Tree) -> Tree:
 
 
 def is_kernel(path: str, leaf: jax.Array) -> bool:
-    """Whether a leaf is prunable by default: two or more axes, last name not bias, b, scale, embedding."""
+    """Whether a leaf is prunable by default: two or more axes, last name not bias, b, scale, embedding.
+
+    Names are Flax's; an Equinox `Embedding` calls its table `weight`: leave it out with a predicate of your own.
+    """
     return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] not in NOT_KERNELS
 
 

@@ -89,7 +89,8 @@ def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
         (["--dataset", "mnist5k"], "did you mean 'mnist-5k'?", 2),
         (["--densty", "0.5"], "--density", 2),
         (["--epochs", "0"], "--epochs must be 1 or more", 2),
-        (["--dropout", "--model", "lenet-300-100"], "--dropout is the convnet's", 2),
+        (["--dropout", "--model", "lenet-300-100"], "say --no-dropout", 2),
+        (["--method", "dense", "--scale-weights"], "dense training keeps every weight", 2),
         (["--dataset", "mnist-5k", "--validation", "4000"], "4000", 1),
         (["--dataset", "fashion_mnist", "--data-dir", "nowhere"], "nowhere", 1),
     ],
@@ -125,7 +126,7 @@ def test_a_truncated_file_is_an_error_and_not_a_fallback(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path):
     flags = ["--dataset", "mnist-5k", *small(tmp_path), "--checkpoint-every", "1"]
-    done = run(tmp_path, *flags, "--method", "dense", "--learning-rate", "1e8", "--schedule", "constant")
+    done = run(tmp_path, *flags, "--method", "dense", "--optimizer", "sgd", "--learning-rate", "1e8")
     assert done.returncode == 1
     text = " ".join(done.stderr.split())
     assert "is not finite (NaN or infinity) at step" in text and "Traceback" not in text

@@ -65,7 +65,7 @@ def kill(workdir, above, delay=None):
 def results(workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
-    state = ocp.load_pytree(workdir / "checkpoints" / str(max(whole_checkpoints(workdir))))
+    state = ocp.load(workdir / "checkpoints" / str(max(whole_checkpoints(workdir))))
     return records, state
 
 

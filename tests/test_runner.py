@@ -10,7 +10,7 @@ import supermask_jax as sm
 from experiments import data, methods, recipe, runner
 from experiments.errors import UserError
 from experiments.mnist import Config
-from experiments.workdir import Workdir, default_path, write_text
+from experiments.workdir import Checkpoints, Workdir, default_path, write_text
 
 SETTINGS = dataclasses.replace(Config(), model="lenet-300-100", density=0.3, dataset="mnist-5k")
 
@@ -164,14 +164,68 @@ def test_records_after_the_checkpoint_and_half_a_line_are_cut(tmp_path):
         workdir.append({"epoch": step // 63, "step": step})
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "st')
-    workdir.cut_records(100)
+    workdir.cut_records(100, epochs=2)
     assert [record["step"] for record in workdir.records()] == [0, 63]
+
+
+def test_records_that_do_not_reach_the_checkpoint_are_an_error(tmp_path):
+    workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
+    workdir.append({"epoch": 0, "step": 0})
+    with pytest.raises(UserError, match="does not hold the epochs 0 to 2"):
+        workdir.cut_records(126, epochs=3)
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path):
     Workdir(tmp_path / "run", SETTINGS, "digest")
-    with pytest.raises(UserError, match="data"):
+    with pytest.raises(UserError, match="images that are not those found now"):
         Workdir(tmp_path / "run", SETTINGS, "another")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints"])
+def test_a_runs_files_without_its_settings_are_not_taken_over(tmp_path, name):
+    (tmp_path / name).write_text("someone's")
+    with pytest.raises(UserError, match=f"holds {name} but not config.json"):
+        Workdir(tmp_path, SETTINGS, "digest")
+    assert (tmp_path / name).read_text() == "someone's"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b'{"seed": 1', b""])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
+    workdir = Workdir(tmp_path, SETTINGS, "digest")
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"summary.json is damaged"):
+        workdir.summary()
+
+
+def test_a_summary_without_its_figures_is_damaged(tmp_path):
+    workdir = Workdir(tmp_path, SETTINGS, "digest")
+    (tmp_path / "summary.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match=r"damaged \(no dataset"):
+        workdir.summary()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_none_whole_is_an_error(tmp_path):
+    tree = {"a": jnp.arange(5.0), "key": jax.random.key(3)}
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(tree) is None
+        for step in (10, 20):
+            checkpoints.save(step, {**tree, "a": tree["a"] + step})
+    damage(tmp_path / "c" / "20")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.warns(UserWarning, match="cannot read the checkpoint at step 20"):
+            step, restored = checkpoints.restore(tree)
+        np.testing.assert_array_equal(restored["a"], np.arange(5.0) + 10)
+        assert step == 10
+    damage(tmp_path / "c" / "10")
+    warned, refused = pytest.warns(UserWarning, match="cannot read"), pytest.raises(UserError, match="no checkpoint in")
+    with Checkpoints(tmp_path / "c") as checkpoints, warned, refused:
+        checkpoints.restore(tree)
+
+
+def damage(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -139,3 +139,11 @@ def test_learns_has_two_values_and_no_default(learns):
         sm.make_train_step(sm.edge_popup(0.3), loss_fn, optax.sgd(0.1), learns=learns)
     with pytest.raises(TypeError, match="learns"):
         sm.make_train_step(sm.edge_popup(0.3), loss_fn, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("aux", [{}, (None, {}, {}), (None, {"loss": 1.0}), ("a", "b")])
+def test_a_loss_fn_that_returns_something_else_is_told_what_it_must(aux):
+    state = sm.init_state(subnet(), optax.sgd(0.1), jax.random.key(0), learns="scores")
+    step = sm.make_train_step(sm.edge_popup(0.3), lambda *_: (jnp.float32(0), aux), optax.sgd(0.1), learns="scores")
+    with pytest.raises(ValueError, match="loss_fn must return"):
+        step(state, batch())
