@@ -5,7 +5,6 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -66,8 +65,8 @@ class Display:
 
 
 def show_warning(text: str) -> None:
-    """A warning in a frame, on standard error."""
-    Console(stderr=True).print(Panel(Text(text), title="WARNING", style="bold yellow", expand=False))
+    """A warning that brings its own frame, on standard error."""
+    Console(stderr=True).print(Text(text, style="bold yellow"), soft_wrap=True)
 
 
 def show_summary(summary: dict, path) -> None:
