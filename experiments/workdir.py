@@ -1,4 +1,4 @@
-"""The directory of a run: settings, metrics, checkpoints, summary. Every write is atomic; a run can be resumed."""
+"""The directory of a run. Files are replaced whole or, like the metrics, only added to; a run can be resumed."""
 
 import contextlib
 import dataclasses

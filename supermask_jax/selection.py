@@ -226,7 +226,7 @@ def _search(keys, member, wanted, hints=None, ends=None) -> _Bracket:
         )
 
     if ends is None:
-        # With hints the ends hardly matter, and a minimum of int32 costs a CPU as much as five counts.
+        # With hints the ends hardly matter, and on a CPU a minimum of int32 costs more than a count.
         limits = jnp.full(groups, INT32_MIN), jnp.full(groups, INT32_MAX)
         ends = limits if hints else (extreme(jnp.min), extreme(jnp.max) + 1)
     start = _Bracket(
@@ -283,7 +283,7 @@ def _sample(key: jax.Array) -> jax.Array:
 def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:
     """int32 number of keys >= threshold.
 
-    On a CPU the rows are summed by a product with ones, several times faster than an integer sum and, unlike a float
+    On a CPU the rows are summed by a product with ones, more than twice as fast as an integer sum and, unlike a float
     sum, fast whatever the compiler's options. Elsewhere one sum over all axes, which a mesh exchanges as one number.
     Both are exact: no float exceeds 2**24.
     """
