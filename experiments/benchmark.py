@@ -5,15 +5,17 @@ turns, and a ratio is the median over the rounds of each round's own ratio. Func
 so that --help answers at once.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
+import multiprocessing
 import operator
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -94,9 +96,12 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
     no_torch = "skipped" if config.skip_torch else why_no_torch()
     for batch, steps in ours.items():
         with console.status(f"training steps, batch {batch}"):
-            theirs = {} if no_torch else torch_steps(dataset, weights, steps["edge-popup"])
+            reference = (
+                torch_steps(dataset, weights, steps["edge-popup"]) if not no_torch else contextlib.nullcontext({})
+            )
             ratios = STEP_RATIOS if batch == TARGET_BATCH else [(*pair, None, None) for *pair, _, _ in STEP_RATIOS]
-            rows += time_steps(f"training step, batch {batch}", steps, theirs, ratios, config.rounds)
+            with reference as theirs:
+                rows += time_steps(f"training step, batch {batch}", steps, theirs, ratios, config.rounds)
     with console.status("selection"):
         rows += time_selection(weights, config.rounds)
         if jax.default_backend() != "cpu":
@@ -223,27 +228,44 @@ def why_no_torch() -> str | None:
     return None if supported else "torch does not support this device"
 
 
-def torch_steps(dataset, weights, ours: OurStep) -> dict[str, Callable[[], float]]:
-    """{name: call}: torch's steps from the same start as ours, as many in a call."""
+@contextlib.contextmanager
+def torch_steps(dataset, weights, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
+    """{name: call}: torch's steps from the same start as ours, as many in a call.
+
+    They run in a process of their own: the threads of torch and of XLA, waiting busily in one process, would slow both.
+    """
     import jax
-    import torch
 
     from experiments import methods, recipe, torch_reference
     from supermask_jax.trees import by_path
 
-    torch.set_num_threads(cores())
     batch = first_batch(dataset, ours.config.batch_size)
-    runs = torch_reference.make_steps(
-        by_path(weights),
-        by_path(methods.METHODS["edge-popup"](ours.config, weights, jax.random.key(0)).subnet.scores),
-        np.asarray(recipe.normalise(batch["image"], dataset.mean, dataset.std)),
-        batch["label"],
-        density=STEP_DENSITY,
-        learning_rate=ours.config.learning_rate,
-        momentum=ours.config.momentum,
-        device="cpu" if jax.default_backend() == "cpu" else "cuda",
-    )
-    return {name: partial(run, ours.steps) for name, run in runs.items()}
+    arguments = {
+        "weights": by_path(weights),
+        "scores": by_path(methods.METHODS["edge-popup"](ours.config, weights, jax.random.key(0)).subnet.scores),
+        "images": np.asarray(recipe.normalise(batch["image"], dataset.mean, dataset.std)),
+        "labels": batch["label"],
+        "density": STEP_DENSITY,
+        "learning_rate": ours.config.learning_rate,
+        "momentum": ours.config.momentum,
+        "threads": cores(),
+        "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
+    }
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=torch_reference.serve, args=(theirs, jax.device_get(arguments)), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process ends a recv
+
+    def call(name: str) -> float:
+        pipe.send((name, ours.steps))
+        return pipe.recv()
+
+    try:
+        yield {name: partial(call, name) for name in pipe.recv()}
+    finally:
+        process.terminate()
+        process.join()
 
 
 def time_steps(group: str, ours: dict[str, OurStep], theirs: dict[str, Callable], ratios, rounds: int) -> list[dict]:

@@ -27,7 +27,10 @@ STEPS_PER_CALL = {"cpu": 1}
 STEPS_PER_CALL_ELSEWHERE = 100
 REPORT_EVERY = 50  # steps; bounds how many are dispatched ahead as well
 EVAL_BATCH = 250
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}  # its default makes convolutions slower in jaxlib 0.10
+CPU_OPTIONS = {  # the defaults of jaxlib 0.10 make ...
+    "xla_cpu_experimental_ynn_fusion_type": "",  # ... convolutions 2 to 3 times slower
+    "xla_cpu_use_fusion_emitters": False,  # ... the whole step 10 % slower
+}
 
 
 class Progress(NamedTuple):

@@ -42,6 +42,19 @@ def _dropped(scores, density: float) -> int:
     return int((1 - density) * scores.numel())
 
 
+def serve(pipe, arguments: dict) -> None:
+    """Answers calls from another process: sends the names of the steps, then, for each (name, times), the loss.
+
+    `arguments` are those of `make_steps` and "threads", the number that torch may use.
+    """
+    torch.set_num_threads(arguments.pop("threads"))
+    steps = make_steps(**arguments)
+    pipe.send(list(steps))
+    while True:
+        name, times = pipe.recv()
+        pipe.send(steps[name](times))
+
+
 def make_steps(
     weights: Mapping[str, np.ndarray],
     scores: Mapping[str, np.ndarray],

@@ -100,6 +100,8 @@ def test_torch_takes_the_same_steps():
             state, metrics = step(state, batch)
             losses[method].append(float(metrics["loss"]))
     assert ours.steps == 1
-    for name, call in benchmark.torch_steps(dataset, weights, ours).items():
-        method = "dense" if name == "torch, dense" else "edge-popup"
-        np.testing.assert_allclose([call() for _ in range(4)], losses[method], rtol=1e-4, err_msg=name)
+    with benchmark.torch_steps(dataset, weights, ours) as theirs:
+        assert set(theirs) == {"torch, sort", "torch, kthvalue", "torch, dense"}
+        for name, call in theirs.items():
+            method = "dense" if name == "torch, dense" else "edge-popup"
+            np.testing.assert_allclose([call() for _ in range(4)], losses[method], rtol=1e-4, err_msg=name)

@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +66,14 @@ def test_max_pool_is_reduce_window_and_drops_what_fills_no_window(shape):
     x = jax.random.normal(jax.random.key(0), shape)
     expected = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     chex.assert_trees_all_equal(models.max_pool(x), expected)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_of_inputs_that_tie_for_the_maximum_the_first_gets_the_gradient(window):
+    x = jax.random.randint(jax.random.key(0), (2, 6, 7, 3), 0, 3).astype(jnp.float32)  # many ties
+    weight = jax.random.normal(jax.random.key(1), (2, 6 // window, 7 // window, 3))
+    ours, flax = (
+        jax.jit(jax.grad(lambda x, pool=pool: jnp.vdot(weight, pool(x))))(x)
+        for pool in (lambda x: models.max_pool(x, window), lambda x: nn.max_pool(x, (window,) * 2, (window,) * 2))
+    )
+    chex.assert_trees_all_equal(ours, flax)
