@@ -2,10 +2,11 @@
 
 Scores become integer order keys (`_order_key`). A threshold t is sought with exactly `count` keys >= t. Each pass
 compares every key with one probe per group and needs a sum of counts and nothing else, so all layers advance in
-lockstep and scores that are sharded over devices are never gathered; the result does not depend on their layout.
-Probes come from interpolating the counts (fast on any smooth distribution), with a bisection whenever that stalls
-(so the number of passes is bounded whatever the scores are). Probes only steer: what ends the search is the exact
-count. Where equal scores straddle the cut, a second search of the same kind runs over their flat indices.
+lockstep and scores that are sharded over devices stay so; the result does not depend on their layout.
+Probes come from a small sample (all that a mesh ever gathers), then from interpolating the counts (fast on any smooth
+distribution), with a bisection whenever that stalls (so the number of passes is bounded whatever the scores are).
+Probes only steer: what ends the search is the exact count. Where equal scores straddle the cut, a second search of the
+same kind runs over their flat indices.
 """
 
 import math
@@ -23,8 +24,7 @@ from supermask_jax.trees import Tree, by_path, map_with_name, per_path
 
 INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
 EXACT_IN_FLOAT32 = 2**24
-SAMPLE = 2**13  # keys per leaf that open the search ...
-SAMPLED_FROM = 2**16  # ... where some leaf has at least so many
+SAMPLE = 2**9  # keys per group that guide the search
 
 
 def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = None) -> Tree:
@@ -159,7 +159,7 @@ def _keep(keys: list[jax.Array], counts: list, groups) -> list[jax.Array]:
             jnp.where(key == found.low[g], index, -1)
             for key, g, index in zip(arrays, member, _flat_indices(arrays, member), strict=True)
         ]
-        sizes = _sizes(arrays, member)
+        sizes = jnp.array(_sizes(arrays, member), jnp.int32)
         # A group whose cut is clean asks for all its indices, which ends its search before it begins.
         lowest = jnp.where(straddles, wanted - found.at_high, sizes)
         first = _search(tied, member, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
@@ -179,38 +179,32 @@ class _Bracket(NamedTuple):
     high: jax.Array
     at_low: jax.Array
     at_high: jax.Array
-    turn: jax.Array  # what the next probe does: AIM, OVERSHOOT, STEP or HALVE (negative: the sample's hints)
+    turn: jax.Array  # what the next probe does: one of the turns below
     before: jax.Array  # at_low - at_high when the current round of turns began
 
 
-AIM, OVERSHOOT, STEP, HALVE = 0, 1, 2, 3
+HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
 
 
-def _search(keys, member, wanted, hints=None, ends=None) -> _Bracket:
+def _search(keys, member, wanted, ends=None) -> _Bracket:
     """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
 
     keys: int32 arrays; member[i]: the group of keys[i]; wanted: int32 [groups], each in [1, keys of the group]
-    (a group that wants 0 keys is closed from the start); hints: keys to probe first, by default a sample's (none: []);
-    ends: per group a key that is not above its lowest and one that is above its highest, where known.
+    (a group that wants 0 keys is closed from the start); ends: per group a key that is not above its lowest and one
+    that is above its highest, where known.
     """
-    groups = wanted.shape[0]
-    sizes = _sizes(keys, member)
-    if hints is None and max(key.size for key in keys) >= SAMPLED_FROM:
-        hints = _hints(keys, member, wanted, sizes)
-
-    def per_group(combine, part):
-        parts = [[part(key, g) for key, g in zip(keys, member, strict=True) if g == group] for group in range(groups)]
-        return jnp.stack([combine(group) for group in parts])
-
-    def extreme(reduce):
-        return per_group(lambda parts: reduce(jnp.stack(parts)), lambda key, _: reduce(key))
+    sizes = jnp.array(_sizes(keys, member), jnp.int32)
+    sample = _sample(keys, member, wanted)
 
     def is_open(b):
         return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
 
     def step(b):
-        probe = _probe(b, wanted, hints)
-        at = per_group(sum, lambda key, g: _count(key, probe[g]))
+        probe = _probe(b, wanted, sample)
+        counts = [0] * len(sizes)
+        for key, g in zip(keys, member, strict=True):
+            counts[g] += _count(key, probe[g])
+        at = jnp.stack(counts)
         up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
         stalled = (at_low - at_high) * 4 > b.before
@@ -225,27 +219,26 @@ def _search(keys, member, wanted, hints=None, ends=None) -> _Bracket:
             jnp.where(turn == AIM, at_low - at_high, b.before),
         )
 
-    if ends is None:
-        # With hints the ends hardly matter, and on a CPU a minimum of int32 costs more than a count.
-        limits = jnp.full(groups, INT32_MIN), jnp.full(groups, INT32_MAX)
-        ends = limits if hints else (extreme(jnp.min), extreme(jnp.max) + 1)
-    start = _Bracket(
-        low=ends[0],
-        high=ends[1],
-        at_low=sizes,
-        at_high=jnp.zeros_like(sizes),
-        turn=jnp.full(groups, -len(hints) if hints else AIM, jnp.int32),
-        before=sizes,
-    )
+    low, high = ends or (jnp.full_like(sizes, INT32_MIN), jnp.full_like(sizes, INT32_MAX))
+    turn = jnp.full_like(sizes, HINT_LOW)
+    start = _Bracket(low, high, at_low=sizes, at_high=jnp.zeros_like(sizes), turn=turn, before=sizes)
     return lax.while_loop(lambda b: jnp.any(is_open(b)), step, start)
 
 
-def _probe(b: _Bracket, wanted: jax.Array, hints: list | None) -> jax.Array:
-    """A key strictly inside each bracket.
+class _Sample(NamedTuple):
+    """Some keys of each group, and two of them that most likely enclose its threshold."""
 
-    AIM goes where the counts, interpolated, say that the threshold is. OVERSHOOT goes as far past it as the nearer
-    end is from it, to bring in the farther end. Where these do not help, STEP tries whether many keys equal the lower
-    end, and HALVE bisects.
+    keys: jax.Array  # [groups, drawn], padded with the lowest int32
+    low: jax.Array
+    high: jax.Array
+
+
+def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
+    """A key strictly inside each bracket, which the turn chooses.
+
+    HINT_LOW and HINT_HIGH come from the sample. AIM goes where the counts, interpolated, say that the threshold is.
+    OVERSHOOT goes as far past it as the nearer end is from it, to bring in the farther end. Where these do not help,
+    many keys are equal: SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects.
     """
     width = _width(b)
     near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
@@ -255,29 +248,42 @@ def _probe(b: _Bracket, wanted: jax.Array, hints: list | None) -> jax.Array:
     offset = jnp.where(b.turn == HALVE, width >> 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
     offset = jnp.where(b.turn == STEP, 1, offset)
     probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
-    for turn, hint in enumerate(hints or [], start=-len(hints or [])):
-        probe = jnp.where(b.turn == turn, jnp.clip(hint, b.low + 1, b.high - 1), probe)
-    return probe
+    at_least = sample.keys >= probe[:, None]
+    above = jnp.min(jnp.where(at_least, sample.keys, INT32_MAX), axis=1)
+    below = jnp.max(jnp.where(at_least, INT32_MIN, sample.keys), axis=1)
+    probe = jnp.where(b.turn == SNAP, jnp.where(above < b.high, above, below), probe)
+    probe = jnp.where(b.turn == HINT_LOW, sample.low, jnp.where(b.turn == HINT_HIGH, sample.high, probe))
+    return jnp.clip(probe, b.low + 1, b.high - 1)
 
 
-def _hints(keys: list[jax.Array], member: list[int], wanted: jax.Array, sizes: jax.Array) -> list[jax.Array]:
-    """Two keys per group that most likely enclose its threshold: quantiles of a sample, three deviations apart."""
-    samples = [_sample(key) for key in keys]
-    of = _sizes(samples, member)
-    share, drawn = wanted / sizes, of.astype(jnp.float32)
-    margin = 3 * jnp.sqrt(drawn * share * (1 - share)) + 1
-    ranks = [jnp.clip(jnp.round(drawn * share + side * margin).astype(jnp.int32), 1, of) for side in (1, -1)]
-    groups = wanted.shape[0]
-    twice = _search(samples * 2, member + [g + groups for g in member], jnp.concatenate(ranks), hints=[])
-    return [twice.low[:groups], twice.low[groups:]]
+def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sample:
+    """About SAMPLE keys of each group, with quantiles three deviations apart around the threshold's.
+
+    Where the sample is the whole group, both are the threshold itself.
+    """
+    rows, lows, highs = [], [], []
+    for group, size in enumerate(_sizes(keys, member)):
+        parts = [_slice(key, SAMPLE / size).ravel() for key, g in zip(keys, member, strict=True) if g == group]
+        row = jnp.concatenate(parts)
+        share, drawn = wanted[group] / size, row.size
+        margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
+        rank = (row[None, :] >= row[:, None]).astype(jnp.float32) @ jnp.ones(drawn)  # 1 for the highest
+        for side, ends in ((1, lows), (-1, highs)):
+            limit = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn)
+            ends.append(jnp.max(jnp.where(rank >= limit, row, INT32_MIN)))
+        rows.append(row)
+    drawn = max(row.size for row in rows)
+    padded = [jnp.pad(row, (0, drawn - row.size), constant_values=INT32_MIN) for row in rows]
+    return _Sample(jnp.stack(padded), jnp.stack(lows), jnp.stack(highs))
 
 
-def _sample(key: jax.Array) -> jax.Array:
-    """About SAMPLE keys, evenly spaced along the longest axis: a slice that moves little between shards."""
-    if key.size <= SAMPLE:
-        return key
-    axis = int(np.argmax(key.shape))
-    return lax.slice_in_dim(key, 0, None, stride=min(key.shape[axis], key.size // SAMPLE), axis=axis)
+def _slice(key: jax.Array, share: float) -> jax.Array:
+    """About this share of the keys, and at least one: a slice with strides, of which little moves between shards."""
+    wanted = max(round(share * key.size), 1)
+    for axis in np.argsort(key.shape)[::-1].tolist():
+        stride = min(key.shape[axis], max(key.size // wanted, 1))
+        key = lax.slice_in_dim(key, 0, None, stride=stride, axis=axis)
+    return key
 
 
 def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -309,13 +315,13 @@ def _width(b: _Bracket) -> jax.Array:
     return (b.high - b.low).astype(jnp.uint32)  # up to 2**32 - 1: wraps right only without a sign
 
 
-def _sizes(keys: list[jax.Array], member: list[int]) -> jax.Array:
+def _sizes(keys: list[jax.Array], member: list[int]) -> list[int]:
     sizes = [0] * (max(member) + 1)
     for key, g in zip(keys, member, strict=True):
         sizes[g] += key.size
     if max(sizes) > INT32_MAX - 1:
         raise ValueError("more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits")
-    return jnp.array(sizes, jnp.int32)
+    return sizes
 
 
 def _flat_indices(arrays: list[jax.Array], member: list[int]) -> list[jax.Array]:
