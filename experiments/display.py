@@ -57,6 +57,9 @@ class Display:
         if "train_loss" in record:
             line += f"   train loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:.2%}"
         line += f"   {held} loss {record[f'{held}_loss']:.4f}  accuracy {record[f'{held}_accuracy']:.2%}"
+        if f"{held}_sampled_accuracy" in record:
+            loss, accuracy = record[f"{held}_sampled_loss"], record[f"{held}_sampled_accuracy"]
+            line += f"   sampled loss {loss:.4f}  accuracy {accuracy:.2%}"
         if "train_loss" in record:
             left = (time.perf_counter() - self._began) / max(record["step"] - self._done_before, 1)
             left *= self._steps - record["step"]
@@ -76,6 +79,12 @@ def show_summary(summary: dict, path) -> None:
     rows = {
         "test accuracy": f"{summary['test_accuracy']:.2%}  (after the last epoch)",
         "test loss": f"{summary['test_loss']:.4f}",
+    }
+    if "test_sampled_accuracy" in summary:
+        rows["... of sampled masks"] = (
+            f"accuracy {summary['test_sampled_accuracy']:.2%}, loss {summary['test_sampled_loss']:.4f}, on average"
+        )
+    rows |= {
         "density": f"{summary['density']:.4f}  (fraction of the prunable weights kept)",
         "training": f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",

@@ -1,7 +1,8 @@
 """Find a subnetwork of a randomly weighted network that recognises digits: `python -m experiments.mnist`.
 
 With no flags it runs our best recipe, edge-popup on signed constants; `--preset tutorial` reproduces the published
-tutorial; `--method dense` trains the same network's weights, for comparison.
+tutorial; `--method bernoulli` learns how likely each weight is kept; `--method dense` trains the same network's
+weights, for comparison.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from experiments.errors import UserError
 RECIPES = {
     ("best", "edge-popup"): {"weight_decay": 2e-4, "shift": 1},
     ("best", "dense"): {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1},
+    ("best", "bernoulli"): {"init": "signed-deviation", "rescale": True, "learning_rate": 200.0, "shift": 1},
     # simple_mnist_example.py of Ramanujan et al. 2020, with the flags of its tutorial.
     ("tutorial", "edge-popup"): {
         "init": "kaiming-normal",
@@ -24,24 +26,46 @@ RECIPES = {
     },
 }
 RECIPES["tutorial", "dense"] = RECIPES["tutorial", "edge-popup"]
+# train_supermask.py of Zhou et al. 2019, with the flags of its README; their 2000 epochs see pixels from 0 to 255.
+RECIPES["zhou", "bernoulli"] = {
+    "model": "lenet-300-100",
+    "init": "glorot-normal",
+    "epochs": 60,
+    "batch_size": 250,
+    "learning_rate": 100.0,
+    "schedule": "constant",
+}
+FREE_DENSITY = {"bernoulli": "bernoulli learns how many weights it keeps", "dense": "dense training keeps every weight"}
 
 
 @dataclass(frozen=True)
 class Config:
     """Find a supermask on MNIST: a subnetwork of a random network, none of whose weights is ever trained."""
 
-    method: Literal["edge-popup", "dense"] = "edge-popup"
-    """edge-popup learns scores and keeps the highest; dense trains the weights of the same network."""
-    preset: Literal["best", "tutorial"] = "best"
-    """Our best recipe, or the published tutorial: the defaults below are those of the --preset and --method given."""
+    method: Literal["edge-popup", "bernoulli", "dense"] = "edge-popup"
+    """edge-popup learns scores and keeps the highest; bernoulli learns with which probability each weight is kept;
+    dense trains the weights of the same network."""
+    preset: Literal["best", "tutorial", "zhou"] = "best"
+    """Our best recipe, the published tutorial (of edge-popup), or Zhou et al.'s published settings (of bernoulli): the
+    defaults below are those of the --preset and --method given."""
     model: Literal["convnet", "lenet-300-100"] = "convnet"
     """The network; neither has biases here."""
     density: float = 0.5
-    """Fraction of each layer's weights that is kept, in (0, 1]. Dense training ignores it."""
-    init: Literal["signed-constant", "unsigned-constant", "kaiming-normal", "kaiming-uniform"] = "signed-constant"
-    """What the weights are drawn from."""
+    """Fraction of each layer's weights that is kept, in (0, 1]. Dense training, which keeps all, and bernoulli, which
+    learns how many, ignore it."""
+    init: Literal[
+        "signed-constant",
+        "unsigned-constant",
+        "kaiming-normal",
+        "kaiming-uniform",
+        "glorot-normal",
+        "signed-deviation",
+    ] = "signed-constant"
+    """What the weights are drawn from; signed-deviation: the signs of a glorot-normal draw times its deviation."""
     scale_weights: bool = False
     """Scale the weights by sqrt(1 / density), as in the paper."""
+    rescale: bool = False
+    """Multiply each layer's masks by its size / number of ones, so that few weights weigh as much as all: bernoulli."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 64
@@ -91,12 +115,21 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
         if self.dropout and self.model != "convnet":
             raise UserError("Dropout is the convnet's, LeNet-300-100 was published without: say --no-dropout.")
-        if self.scale_weights and self.method == "dense":
-            raise UserError("--scale-weights scales by --density, and dense training keeps every weight.")
+        if self.scale_weights and self.method in FREE_DENSITY:
+            raise UserError(f"--scale-weights scales by --density, and {FREE_DENSITY[self.method]}.")
+        if self.rescale and self.method != "bernoulli":
+            raise UserError(f"--rescale is for --method bernoulli; {self.method} has no use for it.")
 
 
 def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
-    """The settings of a preset for a method, as far as they differ from the fields' own defaults."""
+    """The settings of a preset for a method, as far as they differ from the fields' own defaults.
+
+    Raises:
+      UserError: the preset has none for this method.
+    """
+    if (preset, method) not in RECIPES:
+        valid = [f"--preset {p} --method {m}" for p, m in RECIPES]
+        raise UserError(f"no --preset {preset} for --method {method}. There are: {'; '.join(valid)}.")
     return {"preset": preset, "method": method, **RECIPES[preset, method]}
 
 
@@ -105,7 +138,8 @@ def main(config: Config) -> dict:
     from experiments import data, methods, runner  # here, so that --help answers at once
 
     dataset = data.load(config.dataset, config.data_dir)
-    config = replace(config, dataset=dataset.name, density=1.0 if config.method == "dense" else config.density)
+    density = 1.0 if config.method in FREE_DENSITY else config.density  # one run, one name for its directory
+    config = replace(config, dataset=dataset.name, density=density)
     return runner.fit(config, dataset, methods.METHODS[config.method], name="mnist")
 
 

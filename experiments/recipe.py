@@ -6,11 +6,19 @@ import optax
 
 from supermask_jax import initializers, models
 
+
+def _signed_deviation(key: jax.Array, weights, density=None):
+    """Signs and deviations of a Glorot normal draw, as Zhou et al. 2019 take them."""
+    return initializers.signed_deviation(initializers.glorot_normal(key, weights, density))
+
+
 INITIALIZERS = {
     "signed-constant": initializers.signed_constant,
     "unsigned-constant": initializers.unsigned_constant,
     "kaiming-normal": initializers.kaiming_normal,
     "kaiming-uniform": initializers.kaiming_uniform,
+    "glorot-normal": initializers.glorot_normal,
+    "signed-deviation": _signed_deviation,
 }
 
 

@@ -27,6 +27,7 @@ STEPS_PER_CALL = {"cpu": 1}
 STEPS_PER_CALL_ELSEWHERE = 100
 REPORT_EVERY = 50  # steps; bounds how many are dispatched ahead as well
 EVAL_BATCH = 250
+SAMPLES, SAMPLES_PER_EPOCH = 10, 3  # masks drawn to evaluate a method that draws them: at the end, after each epoch
 CPU_OPTIONS = {  # the defaults of jaxlib 0.10 make ...
     "xla_cpu_experimental_ynn_fusion_type": "",  # ... convolutions 2 to 3 times slower
     "xla_cpu_use_fusion_emitters": False,  # ... the whole step 10 % slower
@@ -85,8 +86,9 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
     schedule = recipe.make_schedule(config, steps_per_epoch)
     tx = recipe.make_optimizer(config, schedule)
     loss_fn = recipe.make_loss(model, dataset.mean, dataset.std, config.shift)
-    advance = Driver(sm.make_train_step(task.mask_fn, loss_fn, tx, learns=task.learns), task.learns, dataset)
-    evaluate = make_evaluate(task.mask_fn, model, dataset)
+    advance = Driver(sm.make_train_step(task.forward, loss_fn, tx, learns=task.learns), task.learns, dataset)
+    evaluate = make_evaluate(task.forward, model, dataset)
+    samples = jax.random.split(leaf_key(key, "evaluation"), SAMPLES) if task.sampled else ()
     # Copies: masks that are the scores themselves would be donated with the state.
     masks_of = jax.jit(lambda subnet: jax.tree.map(jnp.copy, task.mask_fn(subnet.scores, None)))
     state = sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns)
@@ -101,7 +103,8 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
             if restored:
                 shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
             else:
-                shown.epoch(workdir.append({"epoch": 0, "step": 0, **evaluate(state.subnet, held)}))
+                figures = evaluate(state.subnet, held, samples[:SAMPLES_PER_EPOCH])
+                shown.epoch(workdir.append({"epoch": 0, "step": 0, **figures}))
             while step < last_step:
                 epoch = step // steps_per_epoch
                 begins, ends = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
@@ -122,7 +125,7 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
                             "step": step,
                             "train_loss": figures["loss"],
                             "train_accuracy": figures["accuracy"],
-                            **evaluate(state.subnet, held),
+                            **evaluate(state.subnet, held, samples[:SAMPLES_PER_EPOCH]),
                             "flips": count_flips(masks, new_masks),
                             "learning_rate": float(schedule(step - 1)),
                             "train_seconds": seconds,
@@ -133,7 +136,7 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
                     if step in (save_at, last_step):
                         checkpoints.save(step, Progress(state, totals, masks, jnp.float32(seconds)))
 
-    test = evaluate(state.subnet, Held("test", dataset.test_images, dataset.test_labels))
+    test = evaluate(state.subnet, Held("test", dataset.test_images, dataset.test_labels), samples)
     summary = _summary(config, dataset, workdir, state.subnet, masks, test, seconds, advance.compile_seconds)
     try:
         plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
@@ -255,11 +258,15 @@ def epoch_order(key: jax.Array, epoch: int, examples: int, batch_size: int) -> t
     return order.reshape(-1, batch_size), weights.reshape(-1, batch_size)
 
 
-def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[[sm.Subnet, Held], dict]:
-    """evaluate(subnet, held) -> {"<held>_loss": mean cross-entropy, "<held>_accuracy": fraction}, over all examples."""
+def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[..., dict[str, float]]:
+    """evaluate(subnet, held, keys=()) -> {"<held>_loss": mean cross-entropy, "<held>_accuracy": fraction}.
 
-    def sums(subnet, images, labels, weights):
-        params = sm.subnetwork(mask_fn, subnet)
+    Over all examples, under the deterministic masks; with keys also "<held>_sampled_loss" and
+    "<held>_sampled_accuracy", the means over the masks that each of them draws.
+    """
+
+    def sums(subnet, key, images, labels, weights):
+        params = sm.subnetwork(mask_fn, subnet, key)
 
         def one(batch):
             images, labels, weights = batch
@@ -272,17 +279,25 @@ def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[
 
     compiled = {}
 
-    def evaluate(subnet, held):
+    def evaluate(subnet, held, keys=()):
         examples = len(held.labels)
         padding = -examples % EVAL_BATCH
         padded = []
         for part in (held.images, held.labels, np.ones(examples, np.float32)):
             rest = np.zeros((padding, *part.shape[1:]), part.dtype)
             padded.append(np.concatenate([part, rest]).reshape(-1, EVAL_BATCH, *part.shape[1:]))
-        if held.name not in compiled:
-            compiled[held.name] = compile_for_backend(sums, (subnet, *padded))
-        loss, correct = compiled[held.name](subnet, *padded)
-        return {f"{held.name}_loss": float(loss) / examples, f"{held.name}_accuracy": float(correct) / examples}
+
+        def means(key):
+            arguments, kind = (subnet, key, *padded), (held.name, key is None)
+            if kind not in compiled:
+                compiled[kind] = compile_for_backend(sums, arguments)
+            return [float(total) / examples for total in compiled[kind](*arguments)]
+
+        figures = dict(zip((f"{held.name}_loss", f"{held.name}_accuracy"), means(None), strict=True))
+        if len(keys):
+            loss, accuracy = np.mean([means(key) for key in keys], axis=0).tolist()
+            figures |= {f"{held.name}_sampled_loss": loss, f"{held.name}_sampled_accuracy": accuracy}
+        return figures
 
     return evaluate
 

@@ -3,13 +3,18 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.errors import UserError
@@ -23,17 +28,26 @@ KEPT_CHECKPOINTS = 2
 
 def default_path(config, name: str) -> Path:
     """runs/<name>/<method>-<dataset>-d<density>-s<seed>-<digest of all settings that bear on the result>."""
-    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()[:8]
     density = "" if config.method == "dense" else f"-d{config.density:g}"
-    return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest}"
+    return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest(config)}"
+
+
+def digest(config) -> str:
+    """Eight characters that stand for all settings that bear on the result."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGE_NO_RESULT}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Workdir:
-    """A run's files under `path`. A new directory takes the settings; an old one must hold the same."""
+    """A run's files under `path`. A new directory takes the settings; an old one must hold the same.
 
-    def __init__(self, path: Path, config, data_digest: str):
-        self.path = Path(path)
+    `summary_keys`: what a whole summary.json holds.
+    """
+
+    def __init__(self, path: Path, config, data_digest: str, summary_keys: set[str] = SUMMARY_KEYS):
+        self.path, self._summary_keys = Path(path), summary_keys
         record = {**dataclasses.asdict(config), "workdir": str(path), "data": data_digest}
+        record = json.loads(json.dumps(record))  # as it will be read again: a tuple becomes a list
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "config.json").exists():
@@ -74,7 +88,7 @@ class Workdir:
         if not file.exists():
             return None
         summary = read_json(file)
-        if missing := SUMMARY_KEYS - set(summary):
+        if missing := self._summary_keys - set(summary):
             raise UserError(f"{file} is damaged (no {', '.join(sorted(missing))}); move it away to have it made again.")
         return summary
 
@@ -164,10 +178,6 @@ class Checkpoints:
         return None
 
 
-def _settings(config) -> dict:
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGE_NO_RESULT}
-
-
 def read_json(file: Path) -> dict:
     """The object in a JSON file; UserError if it is damaged."""
     try:
@@ -184,13 +194,35 @@ def write_json(file: Path, value: dict) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
+    _write(file, text.encode())
+
+
+def _write(file: Path, content: bytes) -> None:
     """Writes a whole file or, if anything interrupts it, leaves the old one."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(new, "w") as stream:
-            stream.write(text)
+        with open(new, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(new, file)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes {name: array} as an .npz, whole or not at all."""
+    stream = io.BytesIO()
+    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+    _write(file, stream.getvalue())
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; UserError if it is missing or damaged."""
+    try:
+        with np.load(file) as archive:
+            return dict(archive)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
+        ) from error

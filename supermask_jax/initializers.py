@@ -16,10 +16,10 @@ import numpy as np
 from supermask_jax.densities import exact
 from supermask_jax.trees import Tree, Where, is_kernel, leaf_key, map_with_name, per_path, prunable
 
-FanIn = Callable[[str, tuple[int, ...]], int]
+FanIn = FanOut = Callable[[str, tuple[int, ...]], int]
 Density = float | Mapping[str, float] | None
 
-ATTENTION_INPUTS = ("query", "key", "value")
+ATTENTION_INPUTS, ATTENTION_OUTPUT = ("query", "key", "value"), "out"
 
 
 def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
@@ -28,15 +28,32 @@ def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
     That is right for (in, out), (width, in, out), (height, width, in, out) and attention's output kernel (heads,
     size, out). Attention's query, key and value kernels are (in, heads, size): there it is the first axis alone.
     """
-    parents = path.split("/")[:-1]
-    if len(shape) == 3 and parents and parents[-1] in ATTENTION_INPUTS:
-        return shape[0]
-    return math.prod(shape[:-1])
+    return shape[0] if _attention(path, shape) == "in" else math.prod(shape[:-1])
+
+
+def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
+    """Outputs that each input of a Flax kernel goes to: the product of all axes but the last but one.
+
+    That is right for (in, out), (width, in, out) and (height, width, in, out). Attention's query, key and value
+    kernels are (in, heads, size): there it is heads * size. Its output kernel is (heads, size, out): there it is the
+    last axis alone; a convolution of one axis looks the same, so the parent's name `out` decides.
+    """
+    match _attention(path, shape):
+        case "in":
+            return math.prod(shape[1:])
+        case "out":
+            return shape[-1]
+    return shape[-1] * math.prod(shape[:-2])
 
 
 def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
     """Inputs that each output of an Equinox (or PyTorch) weight sums: (out, in, height, width), all but the first."""
     return math.prod(shape[1:])
+
+
+def equinox_fan_out(path: str, shape: tuple[int, ...]) -> int:
+    """Outputs that each input of an Equinox (or PyTorch) weight goes to: all axes but the second, which is `in`."""
+    return shape[0] * math.prod(shape[2:])
 
 
 def signed_constant(
@@ -46,7 +63,7 @@ def signed_constant(
     where: Where = is_kernel,
     fan_in: FanIn = flax_fan_in,
 ) -> Tree:
-    """Weights of one size, sqrt(2 / fan_in), and random sign.
+    """Weights of one size, sqrt(2 / fan_in), and random sign. Zhou et al. take another size: `signed_deviation`.
 
     Args:
       key: a `jax.random.key`, not the one the scores are drawn with.
@@ -86,11 +103,27 @@ def kaiming_normal(
 
     Source: He et al. 2015, equation 10, for ReLU.
     """
+    return _redraw(_normal, key, weights, density, where, fan_in)
 
-    def draw(key, shape, scale):
-        return jnp.asarray(standard_normal(np.asarray(jax.random.bits(key, shape, jnp.uint32))) * scale)
 
-    return _redraw(draw, key, weights, density, where, fan_in)
+def glorot_normal(
+    key: jax.Array,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+    fan_out: FanOut = flax_fan_out,
+) -> Tree:
+    """Weights from N(0, 2 / (fan_in + fan_out)). Arguments as `kaiming_normal`, and each leaf's fan-out.
+
+    Source: Glorot and Bengio 2010, equation 12 (the variance). Keras's, which Zhou et al. 2019 draw from, cuts the
+    normal's tails off at two deviations and widens the rest to this variance; ours has its tails.
+    """
+
+    def fans(path, shape):
+        return fan_in(path, shape) + fan_out(path, shape)
+
+    return _redraw(_normal, key, weights, density, where, fans)
 
 
 def kaiming_uniform(
@@ -106,6 +139,33 @@ def kaiming_uniform(
         return symmetric_uniform(key, shape, float(scale) * math.sqrt(3))
 
     return _redraw(draw, key, weights, density, where, fan_in)
+
+
+def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
+    """Each chosen weight's sign times the standard deviation of its leaf; a weight of 0 stays 0.
+
+    This is the second published scale of a signed constant: Ramanujan et al.'s `signed_constant` knows the fan-in alone
+    and draws its signs, Zhou et al.'s takes size and signs from weights that were drawn before (there, Glorot normal).
+
+    Args:
+      weights: tree of concrete arrays (not under jit). The deviation is that of the population: of n, not of n - 1. It
+        is computed in float64 and rounded to float32.
+      where: (path, leaf) -> whether the leaf is replaced.
+
+    Raises:
+      ValueError: no leaf is chosen.
+
+    Source: Zhou et al. 2019, section 5, and its released code (make_signed_consts).
+    """
+    chosen = prunable(weights, where)
+
+    def replace(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in chosen:
+            return leaf
+        values = np.asarray(leaf, np.float64)
+        return jnp.asarray(np.sign(values).astype(np.float32) * np.float32(values.std())).astype(leaf.dtype)
+
+    return map_with_name(replace, weights)
 
 
 def symmetric_uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
@@ -127,6 +187,10 @@ def _odd_multiples(key: jax.Array, shape: tuple[int, ...], unit: np.float32) -> 
     return odd.astype(jnp.float32) * unit  # one rounding: there is no sum for a compiler to fuse it with
 
 
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Array:
+    return jnp.asarray(standard_normal(np.asarray(jax.random.bits(key, shape, jnp.uint32))) * scale)
+
+
 def standard_normal(bits: np.ndarray) -> np.ndarray:
     """float32 standard normals from uint32 bits, by inverting the distribution function on the host.
 
@@ -141,16 +205,15 @@ def standard_normal(bits: np.ndarray) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def _redraw(draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan_in: FanIn) -> Tree:
-    """`weights` with draw(key of the leaf, shape, float32 standard deviation) in place of each chosen leaf."""
+def _redraw(draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan: FanIn) -> Tree:
+    """`weights` with draw(key of the leaf, shape, float32 sqrt(2 / fan / density)) in place of each chosen leaf."""
     shapes = prunable(weights, where)
     densities = per_path(1.0 if density is None else density, shapes)
     for path, kept in densities.items():
         if exact(kept) == 0:
             raise ValueError(f"cannot scale the weights of {path!r} for a density of 0")
     scales = {
-        path: np.float32(math.sqrt(2.0 / fan_in(path, shape) / float(densities[path])))
-        for path, shape in shapes.items()
+        path: np.float32(math.sqrt(2.0 / fan(path, shape) / float(densities[path]))) for path, shape in shapes.items()
     }
     return map_with_name(
         lambda path, leaf: (
@@ -158,6 +221,14 @@ def _redraw(draw, key: jax.Array, weights: Tree, density: Density, where: Where,
         ),
         weights,
     )
+
+
+def _attention(path: str, shape: tuple[int, ...]) -> str | None:
+    """Which side of Flax's attention a kernel is on: "in" (in, heads, size) or "out" (heads, size, out); else None."""
+    parent = path.split("/")[-2:-1]
+    if len(shape) != 3 or not parent:
+        return None
+    return "in" if parent[0] in ATTENTION_INPUTS else "out" if parent[0] == ATTENTION_OUTPUT else None
 
 
 def _log(x: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from supermask_jax.densities import exact
 from supermask_jax.initializers import FanIn, flax_fan_in, symmetric_uniform
@@ -71,6 +72,80 @@ def _magnitude_jvp(scores, tangents):
     return jnp.abs(scores[0]), tangents[0] * jnp.sign(scores[0])
 
 
+def bernoulli() -> MaskFn:
+    """Mask function that keeps each weight with its own probability, sigmoid(score), drawn anew for each key.
+
+    With a key, mask = u < sigmoid(score), u uniform in [0, 1) and drawn from the key and the leaf's path. With None,
+    mask = score > 0: the likelier value of each, and nothing where the scores are all 0 (`zero_scores`).
+    The gradient is straight-through to the probability, for weights that are now pruned as well:
+    dL/ds = w * dL/d(w * m) * p * (1 - p), p = sigmoid(s). How many weights are kept is an outcome, not a setting.
+
+    Raises:
+      ValueError: when the masks are made, NaN scores (not under jit, where values are not known: there such a weight
+        is pruned and its gradient is NaN).
+
+    Source: Zhou et al. 2019, section 5 and its released code (which draws the masks of an evaluation, too).
+    """
+
+    def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
+        def draw(path: str, score: jax.Array) -> jax.Array:
+            if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
+                raise ValueError(f"the scores of {path!r} hold NaN")
+            uniform = None if key is None else jax.random.uniform(leaf_key(key, path), score.shape, jnp.float32)
+            return bernoulli_mask(score, uniform)
+
+        return map_with_name(draw, scores)
+
+    return mask_fn
+
+
+@jax.custom_vjp
+def bernoulli_mask(score: jax.Array, uniform: jax.Array | None) -> jax.Array:
+    """One leaf's mask for given uniforms: 1 where uniform < sigmoid(score); with None, where score > 0.
+
+    Args:
+      score: [...] floats, the logits of being kept. The probability is computed in float32.
+      uniform: [score.shape] float32 in [0, 1), or None. No gradient flows to it.
+
+    Returns:
+      [score.shape] exactly 0 or 1, in the dtype of `score`.
+
+    Source: Zhou et al. 2019; Bengio et al. 2013 (the estimator).
+    """
+    # Scores are compared as they are: the sigmoid of a tiny positive one rounds to 1/2.
+    kept = score > 0 if uniform is None else uniform < jax.nn.sigmoid(score.astype(jnp.float32))
+    return kept.astype(score.dtype)
+
+
+def _bernoulli_mask_vjp(score: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    wide = score.astype(jnp.float32)
+    slope = jax.nn.sigmoid(wide) * jax.nn.sigmoid(-wide)  # p (1 - p), where 1 - p would cancel for p near 1
+    return cotangent * slope.astype(cotangent.dtype), None
+
+
+bernoulli_mask.defvjp(lambda score, uniform: (bernoulli_mask(score, uniform), score), _bernoulli_mask_vjp)
+
+
+def rescaled(mask_fn: MaskFn) -> MaskFn:
+    """Mask function that multiplies each layer's masks by size / ones, so that few weights weigh as much as all.
+
+    Its product is not binary: densities, summaries and files use the `mask_fn` inside it. The gradient flows through
+    the factor, as in the released code. A layer that keeps nothing stays 0, where the released code divides by 0.
+
+    Source: Zhou et al. 2019, section 5 (dynamic weight rescaling).
+    """
+
+    def scale(mask: jax.Array) -> jax.Array:
+        ones = jnp.sum(mask, dtype=jnp.float32)  # in float32: half precision cannot count
+        factor = mask.size / jnp.where(ones > 0, ones, 1)  # jnp.maximum would halve the gradient at one weight kept
+        return mask * factor.astype(mask.dtype)
+
+    def scaled_mask_fn(scores: Scores, key: Key | None = None) -> Masks:
+        return jax.tree.map(scale, mask_fn(scores, key))
+
+    return scaled_mask_fn
+
+
 def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: FanIn = flax_fan_in) -> Scores:
     """Scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
 
@@ -87,14 +162,31 @@ def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: Fan
 
     Source: the released code of Ramanujan et al. 2020 (kaiming_uniform with a = sqrt(5)).
     """
-    shapes = prunable(weights, where)
 
-    def draw(path: str, leaf: jax.Array) -> Any:
-        if path not in shapes:
-            return None
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"only floats are prunable; {path!r} has {leaf.dtype}")
+    def draw(path: str, leaf: jax.Array) -> jax.Array:
         bound = 1 / math.sqrt(fan_in(path, leaf.shape))
         return symmetric_uniform(leaf_key(key, path), leaf.shape, bound).astype(leaf.dtype)
 
-    return map_with_name(draw, weights)
+    return _scores(draw, weights, where)
+
+
+def zero_scores(weights: Params, where: Where = is_kernel) -> Scores:
+    """Scores of 0 at the prunable leaves, None elsewhere: for `bernoulli`, every weight is as likely kept as not.
+
+    Arguments and errors as in `init_scores`. Source: the released code of Zhou et al. 2019.
+    """
+    return _scores(lambda path, leaf: jnp.zeros_like(leaf), weights, where)
+
+
+def _scores(make: Callable[[str, jax.Array], jax.Array], weights: Params, where: Where) -> Scores:
+    """make(path, leaf) at the prunable leaves, which must be of floats; None elsewhere."""
+    chosen = prunable(weights, where)
+
+    def score(path: str, leaf: jax.Array) -> Any:
+        if path not in chosen:
+            return None
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"only floats are prunable; {path!r} has {leaf.dtype}")
+        return make(path, leaf)
+
+    return map_with_name(score, weights)

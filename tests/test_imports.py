@@ -11,8 +11,11 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "densities": set(),
     "trees": set(),
-    "selection": {"densities", "trees"},
+    "threshold": set(),
+    "selection": {"densities", "threshold", "trees"},
     "initializers": {"densities", "trees"},
+    "saliency": {"trees"},
+    "lottery": {"densities", "trees", "selection"},
     "supermask": {"densities", "trees", "selection", "initializers"},
     "train": {"supermask", "trees"},
 }

@@ -223,6 +223,10 @@ FROZEN = {
         "201a634760ccb2db56487e98595e5bb6c351039a54387311519e7aa50d9f7b22",
         [0.5407302379608154, -0.36269906163215637, 0.27974003553390503],
     ),
+    "glorot_normal": (
+        "16f53445ec16794d80e2788ace9e594fbed42936d405720912f7baaa3a08f3ca",
+        [0.3572222590446472, -0.171883225440979, 0.12515698373317719],
+    ),
     "init_scores": (
         "f3a35758c29792f646bab797858467feb2f88b3d0b821df72d87bd129d9fd31c",
         [0.22075219452381134, -0.1480712741613388, 0.11420339345932007],
@@ -233,25 +237,28 @@ FROZEN = {
 @pytest.mark.parametrize("name", FROZEN)
 def test_draws_are_frozen_bit_for_bit_on_every_machine_and_version(name):
     weights = {"Conv_0": CONV, "Dense_0": {"kernel": np.zeros((70, 30), np.float32), "bias": np.zeros(30, np.float32)}}
-    draw = sm.init_scores if name == "init_scores" else OURS[name]
+    draw = sm.init_scores if name == "init_scores" else getattr(initializers, name)
     drawn = draw(jax.random.key(KEY), weights)
     leaves = [np.asarray(drawn[layer]["kernel"], "<f4") for layer in ("Conv_0", "Dense_0")]
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
     assert (digest, leaves[0].flat[:3].tolist()) == FROZEN[name]
 
 
-@pytest.mark.parametrize("name", OURS)
+ALL = {**OURS, "glorot_normal": initializers.glorot_normal}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_only_the_chosen_leaves_are_drawn_and_dtypes_are_kept(name):
     weights = {
         "a": {"kernel": jnp.zeros((5, 4), jnp.bfloat16), "bias": jnp.full(4, 3, jnp.float32)},
         "b": {"kernel": jnp.zeros((4, 2), jnp.float32), "scale": jnp.ones((1, 2), jnp.float16)},
     }
-    drawn = OURS[name](jax.random.key(KEY), weights)
+    drawn = ALL[name](jax.random.key(KEY), weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(drawn, weights)
     assert drawn["a"]["bias"] is weights["a"]["bias"] and drawn["b"]["scale"] is weights["b"]["scale"]
-    wide = OURS[name](jax.random.key(KEY), {"a": {"kernel": jnp.zeros((5, 4), jnp.float32)}})["a"]["kernel"]
+    wide = ALL[name](jax.random.key(KEY), {"a": {"kernel": jnp.zeros((5, 4), jnp.float32)}})["a"]["kernel"]
     chex.assert_trees_all_equal(drawn["a"]["kernel"], wide.astype(jnp.bfloat16))  # one rounding, from the same draw
-    only = OURS[name](jax.random.key(KEY), weights, where=lambda path, leaf: path == "a/bias")
+    only = ALL[name](jax.random.key(KEY), weights, where=lambda path, leaf: path == "a/bias")
     assert only["a"]["kernel"] is weights["a"]["kernel"] and only["a"]["bias"].shape == (4,)
 
 
@@ -260,6 +267,69 @@ def test_scores_take_the_weights_dtypes_and_are_none_where_nothing_is_prunable()
         jax.random.key(KEY), {"kernel": jnp.zeros((5, 4), jnp.bfloat16), "bias": jnp.zeros(4, jnp.float32)}
     )
     assert scores["bias"] is None and scores["kernel"].dtype == jnp.bfloat16 and scores["kernel"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("density", (None, 0.3, 0.7))
+@pytest.mark.parametrize(("shape", "fans"), (((300, 100), 400), ((3, 3, 16, 32), 9 * 48), ((5, 16, 32), 5 * 48)))
+def test_glorot_normal_is_the_kaiming_draw_scaled_by_both_fans(shape, fans, density):
+    """Its variance is 2 / (fan_in + fan_out): 784 inputs and 300 outputs make 2 / 1084."""
+    glorot = np.asarray(initializers.glorot_normal(jax.random.key(KEY), zeros(*shape), density)["kernel"])
+    bits = np.asarray(jax.random.bits(leaf_key(), shape, jnp.uint32))
+    expected = initializers.standard_normal(bits).astype(np.float64) * math.sqrt(2 / fans / (density or 1))
+    np.testing.assert_allclose(glorot, expected, rtol=3e-7)
+    assert glorot.std() == pytest.approx(math.sqrt(2 / fans / (density or 1)), rel=5 / math.sqrt(2 * glorot.size))
+
+
+def test_glorot_normal_takes_a_users_own_fans():
+    def drawn(**fans):
+        return np.asarray(initializers.glorot_normal(jax.random.key(KEY), zeros(4, 3, 2, 2), **fans)["kernel"])
+
+    ratio = drawn(fan_in=lambda path, shape: 1, fan_out=lambda path, shape: 7) / drawn(
+        fan_in=sm.equinox_fan_in, fan_out=sm.equinox_fan_out
+    )
+    np.testing.assert_allclose(ratio, math.sqrt((12 + 16) / (1 + 7)), rtol=1e-6)
+
+
+def test_signed_deviation_is_the_sign_times_the_deviation_of_the_layers_population():
+    """1, 3, -2, 0, 3 have mean 1 and squares from it 0, 4, 9, 1, 4: their mean is 3.6."""
+    weights = {"kernel": jnp.array([[1.0, 3, -2, 0, 3]], jnp.float32), "bias": jnp.ones(2)}
+    signed = initializers.signed_deviation(weights)
+    constant = np.float32(math.sqrt(3.6))
+    np.testing.assert_array_equal(signed["kernel"], constant * np.array([[1, 1, -1, 0, 1]], np.float32))
+    assert signed["bias"] is weights["bias"]
+    with pytest.raises(ValueError, match="matches no leaf"):
+        initializers.signed_deviation(weights, where=lambda path, leaf: False)
+
+
+def test_signed_deviations_are_taken_layer_by_layer_and_keep_their_dtypes():
+    shapes = {"a": {"kernel": jnp.zeros((300, 100))}, "b": {"kernel": jnp.zeros((100, 10), jnp.bfloat16)}}
+    drawn = initializers.glorot_normal(jax.random.key(KEY), shapes)
+    signed = initializers.signed_deviation(drawn)
+    chex.assert_trees_all_equal_shapes_and_dtypes(signed, drawn)
+    for layer in drawn:
+        before, after = (np.asarray(tree[layer]["kernel"], np.float64) for tree in (drawn, signed))
+        np.testing.assert_array_equal(np.sign(after), np.sign(before))
+        [constant] = np.unique(np.abs(after))
+        assert constant == pytest.approx(before.std(), rel=1e-7 if layer == "a" else 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "flax", "equinox"),
+    (
+        ("Dense_0/kernel", (784, 300), 300, 784),
+        ("Conv_0/kernel", (3, 3, 16, 32), 288, 1536),
+        ("Conv_0/kernel", (5, 16, 32), 160, 160),  # one axis of space
+        ("attention/query/kernel", (8, 2, 4), 8, 32),
+        ("attention/out/kernel", (2, 4, 8), 8, 16),
+        ("out/kernel", (16, 10), 10, 16),
+        ("kernel", (2, 4, 8), 16, 16),
+        ("layers/0/weight", (32, 16, 3, 3), 1536, 288),
+        ("layers/0/weight", (300, 784), 784, 300),
+    ),
+)
+def test_fan_out_by_path_and_shape(path, shape, flax, equinox):
+    assert sm.flax_fan_out(path, shape) == flax
+    assert sm.equinox_fan_out(path, shape) == equinox
 
 
 @pytest.mark.parametrize(
@@ -303,7 +373,7 @@ def test_a_density_for_each_path_scales_each_leaf_by_its_own():
     np.testing.assert_allclose(drawn["b"]["kernel"], math.sqrt(2 / 4 / 0.7), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ALL)
 def test_densities_that_scale_nothing_sensibly_are_refused(name):
     for density, message in (
         (0.0, "density of 0"),
@@ -311,6 +381,6 @@ def test_densities_that_scale_nothing_sensibly_are_refused(name):
         ({"Kernel": 0.3}, r"did you mean 'kernel'\?"),
     ):
         with pytest.raises(ValueError, match=message):
-            OURS[name](jax.random.key(KEY), CONV, density)
+            ALL[name](jax.random.key(KEY), CONV, density)
     with pytest.raises(ValueError, match="matches no leaf"):
-        OURS[name](jax.random.key(KEY), {"bias": np.zeros(3, np.float32)})
+        ALL[name](jax.random.key(KEY), {"bias": np.zeros(3, np.float32)})

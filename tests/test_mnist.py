@@ -63,6 +63,21 @@ def test_with_images_held_out_the_test_set_is_measured_once_at_the_end(tmp_path)
     assert summary["test_accuracy"] == summary["best_test_accuracy"] > 0.7
 
 
+def test_bernoulli_reports_the_deterministic_and_the_sampled_masks(tmp_path):
+    flags = ["--method", "bernoulli", "--init", "signed-deviation", "--dataset", "mnist-5k", "--validation", "400"]
+    done = run(tmp_path, *flags, *small(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "sampled loss" in done.stdout and "of sampled masks" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held = {"validation_loss", "validation_accuracy", "validation_sampled_loss", "validation_sampled_accuracy"}
+    assert all(held <= set(record) for record in records)
+    assert records[0]["validation_accuracy"] < 0.2  # nothing is kept
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.7 < summary["test_sampled_accuracy"] <= 1 and 0.3 < summary["test_accuracy"] <= 1
+    assert 0.3 < summary["density"] < 0.7 and summary["config"]["density"] == 1.0 and summary["config"]["rescale"]
+    assert {"curves.png", "layers.png", "kernels.png", "flips.png"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
 def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
     """A tenth of an epoch would prove little: one epoch of LeNet on all 60,000 images."""
     done = run(tmp_path, "--model", "lenet-300-100", "--epochs", "1", "--workdir", tmp_path / "run", data_dir=data_dir)
@@ -82,7 +97,7 @@ def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
         (["--seed", "4294967296"], "[0, 2**32)", 2),
         (
             ["--method", "edgepopup"],
-            "no method 'edgepopup': did you mean 'edge-popup'? There are: edge-popup, dense",
+            "no method 'edgepopup': did you mean 'edge-popup'? There are: edge-popup, bernoulli, dense",
             2,
         ),
         (["--preset", "tutoral"], "did you mean 'tutorial'?", 2),
@@ -91,6 +106,10 @@ def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
         (["--epochs", "0"], "--epochs must be 1 or more", 2),
         (["--dropout", "--model", "lenet-300-100"], "say --no-dropout", 2),
         (["--method", "dense", "--scale-weights"], "dense training keeps every weight", 2),
+        (["--method", "bernoulli", "--scale-weights"], "bernoulli learns how many weights it keeps", 2),
+        (["--rescale"], "--rescale is for --method bernoulli", 2),
+        (["--method", "bernoulli", "--preset", "tutorial"], "--preset zhou --method bernoulli", 2),
+        (["--preset", "zhou"], "no --preset zhou for --method edge-popup", 2),
         (["--dataset", "mnist-5k", "--validation", "4000"], "4000", 1),
         (["--dataset", "fashion_mnist", "--data-dir", "nowhere"], "nowhere", 1),
     ],
@@ -157,7 +176,11 @@ def test_a_preset_sets_defaults_and_flags_override_them():
     assert (tutorial.schedule, tutorial.dropout, tutorial.density) == ("cosine-epoch", True, 0.5)
     assert parsed("--learning-rate", "0.3", "--preset=tutorial").learning_rate == 0.3
     assert parsed("--method", "dense").init == "kaiming-normal"
-    assert parsed().init == "signed-constant"
+    assert parsed().init == "signed-constant" and not parsed().rescale
+    zhou = parsed("--preset", "zhou", "--method", "bernoulli")
+    assert (zhou.model, zhou.init, zhou.batch_size, zhou.rescale) == ("lenet-300-100", "glorot-normal", 250, False)
+    assert (zhou.optimizer, zhou.learning_rate, zhou.momentum, zhou.schedule) == ("sgd", 100, 0.9, "constant")
+    assert parsed("--method", "bernoulli").rescale and not parsed("--method", "bernoulli", "--no-rescale").rescale
 
 
 @pytest.mark.parametrize("field", ["density", "seed", "epochs", "batch_size", "checkpoint_every", "learning_rate"])

@@ -61,6 +61,22 @@ def test_lenet_has_the_published_number_of_weights(use_bias, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (models.LeNet300100(hidden=(30, 7), use_bias=False), [(784, 30), (30, 7), (7, 10)]),
+        (models.LeNet300100(hidden=(5,), use_bias=False), [(784, 5), (5, 10)]),
+        (models.MnistConvNet(features=(3, 5, 7)), [(3, 3, 1, 3), (3, 3, 3, 5), (720, 7), (7, 10)]),
+    ],
+    ids=("lenet", "one_hidden_layer", "convnet"),
+)
+def test_widths_are_fields_and_the_names_stay(model, shapes):
+    params, x = init(model)
+    assert [leaf.shape for leaf in by_path(params).values()] == shapes
+    assert set(by_path(params)) <= set(by_path(init(models.MnistConvNet())[0])) | {"Dense_2/kernel"}
+    assert model.apply({"params": params}, x).shape == (2, 10)
+
+
 @pytest.mark.parametrize("shape", [(2, 24, 24, 3), (1, 5, 7, 2)])
 def test_max_pool_is_reduce_window_and_drops_what_fills_no_window(shape):
     x = jax.random.normal(jax.random.key(0), shape)

@@ -102,6 +102,29 @@ def test_evaluation_counts_every_example_once(dataset, examples):
     np.testing.assert_allclose(got["test_accuracy"], np.mean(log_p.argmax(-1) == held.labels), atol=1e-9)
 
 
+def test_evaluation_of_sampled_masks_is_the_mean_over_the_keys(dataset):
+    model, _ = task_of(dataset)
+    weights = recipe.draw_weights(SETTINGS, model, (28, 28, 1), jax.random.key(0))
+    task = methods.METHODS["bernoulli"](dataclasses.replace(SETTINGS, rescale=True), weights, None)
+    held = runner.Held("validation", dataset.test_images[:300], dataset.test_labels[:300])
+    keys = jax.random.split(jax.random.key(5), 3)
+    evaluate = runner.make_evaluate(task.forward, model, dataset)
+    got = evaluate(task.subnet, held, keys)
+    losses, accuracies = [], []
+    for key in keys:
+        params = sm.subnetwork(task.forward, task.subnet, key)
+        logits = model.apply({"params": params}, (held.images / np.float32(255) - 0.1307) / np.float32(0.3081))
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        losses.append(-log_p[np.arange(300), held.labels].mean())
+        accuracies.append(np.mean(log_p.argmax(-1) == held.labels))
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(got["validation_sampled_loss"], np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(got["validation_sampled_accuracy"], np.mean(accuracies), atol=1e-9)
+    np.testing.assert_allclose(got["validation_loss"], np.log(10), rtol=1e-6)  # logits of 0 keep nothing
+    assert evaluate(task.subnet, held, keys) == got
+    assert set(evaluate(task.subnet, held)) == {"validation_loss", "validation_accuracy"}
+
+
 def test_flips_are_counted_per_layer():
     before = {"a": jnp.array([0.0, 1, 1]), "b": None, "c": jnp.array([1.0, 1])}
     after = {"a": jnp.array([1.0, 1, 0]), "b": None, "c": jnp.array([1.0, 1])}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 from pathlib import Path
 
 import chex
@@ -14,7 +15,8 @@ import oracles
 import pytest
 
 import supermask_jax as sm
-from supermask_jax.selection import SAMPLE, straight_through
+from supermask_jax.selection import keep_highest_of_all, straight_through, unit_masks, unit_scores
+from supermask_jax.threshold import SAMPLE
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -165,7 +167,48 @@ def test_a_ranking_is_refused_exactly_when_its_flat_index_does_not_fit_in_32_bit
             ranked(*sizes)
 
 
+def test_global_masks_within_masks_choose_from_them_and_count_out_of_all():
+    scores = {name: draw("heavy_ties", shape) for name, shape in (("a", (13, 11)), ("b", (30, 5)), ("c", (0,)))}
+    rng = np.random.default_rng(1)
+    within = {name: (rng.random(s.shape) < 0.7).astype(np.float32) for name, s in scores.items()}
+    masks = jax.jit(lambda s, w: sm.global_masks(s, 0.3, w))(scores, within)
+    lowest = {name: np.where(within[name], s, -9.0) for name, s in scores.items()}
+    chex.assert_trees_all_equal(masks, oracles.highest_of_all(lowest, sm.keep_count(0.3, 13 * 11 + 30 * 5)))
+
+
+def test_a_fraction_gives_global_masks_an_exact_count():
+    scores = {"a": draw("normal", (13, 11)), "b": draw("normal", (30, 5))}
+    for count in (100, 293):
+        masks = sm.global_masks(scores, Fraction(count, 293))
+        assert sum(int(mask.sum()) for mask in masks.values()) == count
+
+
+def test_global_masks_refuse_to_keep_more_than_the_masks_within_or_masks_that_do_not_fit():
+    scores, within = {"a": jnp.ones(5), "b": jnp.ones(5)}, {"a": jnp.array([0.0, 1, 0, 1, 0]), "b": jnp.zeros(5)}
+    with pytest.raises(ValueError, match="cannot keep 3 of the 2 weights"):
+        sm.global_masks(scores, 0.3, within)
+    with pytest.raises(ValueError, match="leaves out b"):
+        sm.global_masks(scores, 0.3, {"a": within["a"]})
+    for count in (-1, 11):
+        with pytest.raises(ValueError, match=f"cannot keep {count} of the 10 weights"):
+            keep_highest_of_all(scores, count)
+
+
+N_OF_M = ((0, 4), (2, 4), (4, 4), (1, 2), (3, 8))
+
+
 class CompiledAndNot(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_n_m_masks_keep_the_n_highest_of_every_m(self):
+        scores = {"a": draw("heavy_ties", (16, 3)), "b": None, "c": draw("normal", (2, 3, 8, 5))}
+        for n, m in N_OF_M:
+            masks = self.variant(lambda s, n=n, m=m: sm.n_m_masks(s, n, m, -2))(scores)
+            assert masks["b"] is None
+            for name in "ac":
+                rows = np.moveaxis(scores[name], -2, -1)
+                expected = np.stack([oracles.highest(row, n) for row in rows.reshape(-1, m)]).reshape(rows.shape)
+                chex.assert_trees_all_equal(masks[name], np.moveaxis(expected, -1, -2))
+
     @chex.variants(with_jit=True, without_jit=True)
     def test_masks_do_not_depend_on_compilation(self):
         scores = {"a": draw("heavy_ties", (13, 11)), "b": None, "c": draw("normal", (7,))}
@@ -184,6 +227,72 @@ class CompiledAndNot(chex.TestCase):
         mask, gradient = self.variant(pulled_back)(scores, cotangent)
         chex.assert_trees_all_equal(mask, oracles.highest(scores, sm.keep_count(0.3, scores.size)))
         chex.assert_trees_all_equal(gradient, cotangent)
+
+
+def test_two_of_four_by_hand_and_of_equal_scores_the_lowest_index_loses():
+    rows = np.array([[3, -1, 2, 0, 5, 5, 5, 5], [-3, -1, -2, -4, 0, 1, -0.0, 0]], np.float32)
+    expected = np.array([[1, 0, 1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 1, 0, 1]], np.float32)
+    for axis in (1, -1):
+        chex.assert_trees_all_equal(sm.n_m_masks({"": rows}, 2, 4, axis)[""], expected)
+    chex.assert_trees_all_equal(sm.n_m_masks({"": rows.T}, 2, 4, 0)[""], expected.T)
+
+
+def test_n_m_masks_take_an_axis_for_each_path_and_keep_the_dtype():
+    scores = {"a": jnp.arange(8, dtype=jnp.bfloat16).reshape(2, 4), "b": jnp.arange(8.0).reshape(2, 4)}
+    masks = sm.n_m_masks(scores, 1, 2, {"a": 0, "b": 1})
+    assert masks["a"].dtype == jnp.bfloat16
+    assert masks["a"].tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    assert masks["b"].tolist() == [[0, 1, 0, 1], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("n_m", ((-1, 4), (5, 4), (0, 0)))
+def test_n_of_m_out_of_range_is_refused(n_m):
+    with pytest.raises(ValueError, match="0 <= n <= m"):
+        sm.n_m_masks({"layer": jnp.ones(8)}, *n_m, 0)
+
+
+@pytest.mark.parametrize("axis", (0, 2, -3))
+def test_an_axis_that_is_not_there_or_that_m_does_not_divide_is_refused(axis):
+    with pytest.raises(ValueError, match=rf"'layer' \(6, 4\) has no axis {axis} whose size 4 divides"):
+        sm.n_m_masks({"layer": jnp.ones((6, 4))}, 2, 4, axis)
+
+
+def test_unit_scores_are_the_mean_over_what_is_kept_of_each_output_unit():
+    scores = {"dense": np.array([[1, 2, 3], [3, 6, 5]], np.float32), "conv": np.arange(8.0, dtype=np.float32)}
+    scores["conv"] = scores["conv"].reshape(2, 1, 2, 2)
+    within = {"dense": np.array([[1, 1, 0], [1, 0, 0]], np.float32), "conv": np.ones((2, 1, 2, 2), np.float32)}
+    means = unit_scores(scores)
+    assert means["dense"].tolist() == [[2, 4, 4]] and means["conv"].tolist() == [[[[3, 4]]]]
+    assert unit_scores(scores, within)["dense"].tolist() == [[2, 2, 0]]
+    assert unit_masks(within)["dense"].tolist() == [[1, 1, 0]]
+
+
+def test_random_masks_keep_exactly_their_counts_in_the_weights_dtypes():
+    weights = {"a": jnp.ones((70, 30), jnp.bfloat16), "c": jnp.ones((7, 3)), "bias": jnp.ones(3)}
+    masks = sm.random_masks(jax.random.key(0), weights, {"a": 0.3, "c": 0.7})
+    assert masks["bias"] is None and masks["a"].dtype == jnp.bfloat16
+    assert int(masks["a"].astype(jnp.float32).sum()) == 630 and int(masks["c"].sum()) == 15
+    chex.assert_trees_all_equal(sm.random_masks(jax.random.key(0), weights, {"a": 0.3, "c": 0.7}), masks)
+
+
+def test_layers_of_equal_shape_get_different_random_masks_and_a_further_layer_changes_none():
+    draw_masks = jax.jit(lambda key, weights: sm.random_masks(key, weights, 0.3))
+    two = draw_masks(jax.random.key(0), {"c": jnp.ones((40, 30)), "d": jnp.ones((40, 30))})
+    three = draw_masks(jax.random.key(0), {"a": jnp.ones((5, 4)), "c": jnp.ones((40, 30)), "d": jnp.ones((40, 30))})
+    other = draw_masks(jax.random.key(1), {"c": jnp.ones((40, 30)), "d": jnp.ones((40, 30))})
+    chex.assert_trees_all_equal({name: three[name] for name in "cd"}, two)
+    for one, another in ((two["c"], two["d"]), (two["c"], other["c"])):
+        assert abs(float((one * another).mean()) - 0.3**2) < 0.03  # as often both as chance has it
+
+
+def test_random_masks_refuse_densities_that_do_not_fit():
+    weights = {"a": jnp.ones((4, 3)), "c": jnp.ones((4, 3))}
+    with pytest.raises(ValueError, match="leaves out c"):
+        sm.random_masks(jax.random.key(0), weights, {"a": 0.3})
+    with pytest.raises(ValueError, match=r"density must be a number in \[0, 1\]"):
+        sm.random_masks(jax.random.key(0), weights, 1.1)
+    with pytest.raises(ValueError, match="matches no leaf"):
+        sm.random_masks(jax.random.key(0), {"bias": jnp.ones(3)}, 0.3)
 
 
 def test_top_k_mask_ranks_signed_scores_not_their_magnitudes():
@@ -272,6 +381,7 @@ ON_EIGHT_DEVICES = """
     import math, re
     import jax, numpy as np, oracles
     import supermask_jax as sm
+    from supermask_jax.threshold import SAMPLE
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
     assert jax.device_count() == 8
@@ -294,7 +404,7 @@ ON_EIGHT_DEVICES = """
         assert "all-reduce" in program, f"{name}: not sharded at all"
         gathered = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* all-gather", program)
         sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in gathered]
-        assert max(sizes, default=0) <= 2 * sm.selection.SAMPLE, f"{name}: gathers more than a sample: {gathered}"
+        assert max(sizes, default=0) <= 2 * SAMPLE, f"{name}: gathers more than a sample: {gathered}"
         masks = compiled(sharded)
         for leaf in scores:
             assert len(masks[leaf].sharding.device_set) == 8

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import supermask_jax as sm
+from supermask_jax.supermask import bernoulli_mask
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -105,3 +107,159 @@ def test_identity_with_no_scores_is_the_dense_network():
     none = jax.tree.map(lambda _: None, weights())
     params = sm.subnetwork(sm.identity, sm.Subnet(weights(), none))
     jax.tree.map(np.testing.assert_array_equal, params, weights())
+
+
+# Bernoulli masks.
+
+
+def logits():
+    """Probabilities of being kept from 0.12 to 0.88, two layers of one shape among them."""
+    return jax.tree.map(lambda w: 2 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), zeroed())
+
+
+def zeroed():
+    return sm.zero_scores(weights())
+
+
+def kernels(tree):
+    return {layer: np.asarray(leaves["kernel"]) for layer, leaves in tree.items()}
+
+
+def test_zero_scores_are_zero_at_the_prunable_leaves_and_none_elsewhere():
+    scores = sm.zero_scores({**weights(), "half": jnp.ones((2, 3), jnp.bfloat16)})
+    assert scores["Conv_0"]["bias"] is None and scores["half"].dtype == jnp.bfloat16
+    assert all(not leaf.any() for leaf in kernels({"a": {"kernel": scores["half"]}, "b": scores["Dense_0"]}).values())
+    only = sm.zero_scores(weights(), where=lambda path, leaf: path == "Dense_0/kernel")
+    assert len(jax.tree.leaves(only)) == 1
+    with pytest.raises(ValueError, match="Conv_0/kernel, Dense_0/kernel"):
+        sm.zero_scores(weights(), where=lambda path, leaf: False)
+    with pytest.raises(TypeError, match="'kernel' has int32"):
+        sm.zero_scores({"kernel": jnp.ones((2, 2), jnp.int32)})
+
+
+def test_a_mask_is_one_exactly_where_the_uniform_is_below_the_probability():
+    score = jnp.array([0.0, 0.0, np.log(3), np.log(3), -np.log(3), -200, 200], jnp.float32)
+    uniform = jnp.array([0.5, np.nextafter(np.float32(0.5), 0), 0.74, 0.76, 0.26, 0, 1 - 2**-24], jnp.float32)
+    assert bernoulli_mask(score, uniform).tolist() == [0, 1, 1, 0, 0, 0, 1]
+
+
+def test_without_a_key_the_likelier_value_is_taken_however_small_the_score():
+    tiny = np.finfo(np.float32).tiny
+    masks = sm.bernoulli()({"kernel": jnp.array([0.0, -0.0, 1e-30, tiny, -1e-30, 5, -5], jnp.float32)}, None)
+    assert masks["kernel"].tolist() == [0, 0, 1, 1, 0, 1, 0]
+    assert all(not mask.any() for mask in kernels(sm.bernoulli()(zeroed())).values())
+
+
+def test_masks_are_kept_as_often_as_their_probability_says():
+    """Each weight by itself, within 5 standard deviations of a mean of 4000 draws; vmap over keys as well."""
+    keys = jax.random.split(jax.random.key(3), 4000)
+    drawn = jax.jit(jax.vmap(lambda key: sm.bernoulli()(logits(), key)))(keys)
+    for (layer, masks), score in zip(kernels(drawn).items(), kernels(logits()).values(), strict=True):
+        p = 1 / (1 + np.exp(-score.astype(np.float64)))
+        assert set(np.unique(masks)) == {0, 1}, layer
+        assert np.all(np.abs(masks.mean(axis=0) - p) < 5 * np.sqrt(p * (1 - p) / len(keys))), layer
+    one = sm.bernoulli()(logits(), keys[7])
+    for batched, single in zip(kernels(drawn).values(), kernels(one).values(), strict=True):
+        np.testing.assert_array_equal(batched[7], single)
+
+
+def test_layers_draw_independently_and_adding_one_changes_no_other():
+    scores, key = zeroed(), jax.random.key(1)
+    masks = kernels(sm.bernoulli()(scores, key))
+    assert 0.3 < np.mean(masks["Dense_0"] == masks["Dense_1"]) < 0.7
+    more = kernels(sm.bernoulli()({"A_new": {"kernel": jnp.zeros((7, 7))}, **scores}, key))
+    other = kernels(sm.bernoulli()(scores, jax.random.key(2)))
+    for layer, mask in masks.items():
+        np.testing.assert_array_equal(mask, more[layer])
+        assert not np.array_equal(mask, other[layer])
+
+
+@pytest.mark.parametrize("key", [None, 1])
+def test_bernoulli_gradient_is_the_closed_form_for_kept_and_pruned_weights_alike(key):
+    """dL/ds = w * dL/d(w * m) * p * (1 - p)."""
+    key = None if key is None else jax.random.key(key)
+    subnet = sm.Subnet(weights(), logits())
+    outer = jax.tree.map(lambda w: jnp.sin(1 + jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), subnet.weights)
+
+    def loss(scores):
+        params = sm.subnetwork(sm.bernoulli(), subnet._replace(scores=scores), key)
+        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(outer), jax.tree.leaves(params), strict=True))
+
+    gradient = kernels(jax.jit(jax.grad(loss))(subnet.scores))
+    for layer, got in gradient.items():
+        w, s, g = (np.asarray(tree[layer]["kernel"], np.float64) for tree in (subnet.weights, subnet.scores, outer))
+        p = 1 / (1 + np.exp(-s))
+        np.testing.assert_allclose(got, w * g * p * (1 - p), rtol=1e-5, err_msg=layer)
+        assert np.all(got != 0)
+
+
+def test_a_score_that_is_almost_certain_still_gets_a_gradient():
+    """p (1 - p) is even in the score; computed as p - p * p it would be 0 from 17 on."""
+    gradient = jax.grad(lambda s: bernoulli_mask(s, jnp.full_like(s, 0.5)).sum())(jnp.array([20.0, -20.0], jnp.float32))
+    np.testing.assert_allclose(gradient, np.exp(-20.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_masks_and_gradients_keep_the_dtype_of_the_scores(dtype):
+    scores = {"kernel": jnp.linspace(-3, 3, 50).astype(dtype).reshape(5, 10)}
+    for mask_fn in (sm.bernoulli(), sm.rescaled(sm.bernoulli())):
+        for key in (None, jax.random.key(0)):
+            mask, pull = jax.vjp(lambda s, f=mask_fn, k=key: f(s, k)["kernel"], scores)
+            assert mask.dtype == dtype and pull(jnp.ones_like(mask))[0]["kernel"].dtype == dtype
+    wide = sm.bernoulli()(jax.tree.map(lambda s: s.astype(jnp.float32), scores), jax.random.key(0))
+    masks = sm.bernoulli()(scores, jax.random.key(0))
+    np.testing.assert_array_equal(masks["kernel"].astype(jnp.float32), wide["kernel"])
+
+
+@pytest.mark.parametrize("key", [None, 1])
+def test_bernoulli_masks_are_the_same_under_jit(key):
+    key = None if key is None else jax.random.key(key)
+    for mask_fn in (sm.bernoulli(), sm.rescaled(sm.bernoulli())):
+        eager, jitted = mask_fn(logits(), key), jax.jit(mask_fn)(logits(), key)
+        jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+
+
+def test_scores_that_are_not_a_number_are_an_error_that_names_the_layer():
+    with pytest.raises(ValueError, match="the scores of 'Dense_0/kernel' hold NaN"):
+        sm.bernoulli()({"Dense_0": {"kernel": jnp.array([0.0, np.nan], jnp.float32)}}, jax.random.key(0))
+
+
+def test_rescaled_masks_are_their_size_over_their_ones():
+    masks = {"a": jnp.array([1.0, 0, 0, 1, 0], jnp.float32), "b": None, "c": jnp.array([0.0, 1, 0, 0], jnp.float32)}
+    scaled = sm.rescaled(sm.identity)(masks)
+    assert scaled["a"].tolist() == [2.5, 0, 0, 2.5, 0] and scaled["b"] is None and scaled["c"].tolist() == [0, 4, 0, 0]
+    nothing = sm.rescaled(sm.identity)({"a": jnp.zeros(3), "empty": jnp.zeros((0, 3))})
+    assert nothing["a"].tolist() == [0, 0, 0]
+
+
+def test_many_ones_in_half_precision_are_counted_exactly():
+    mask = jnp.ones(100_000, jnp.float16).at[:30_000].set(0)  # beyond the largest float16, 65504
+    assert sm.rescaled(sm.identity)({"a": mask})["a"].max() == np.float16(1 / 0.7)
+
+
+@pytest.mark.parametrize("mask", [[1.0, 0, 1, 1, 0], [0.0, 0, 1, 0, 0]])
+def test_rescaling_lets_the_gradient_flow_through_its_factor(mask):
+    """d/dm of sum(a * m * n / sum(m)) = n * a / sum(m) - n * sum(a * m) / sum(m)**2; where one is kept as well."""
+    mask, a = jnp.array(mask, jnp.float32), jnp.array([0.3, -2, 1.5, 0.7, 4], jnp.float32)
+    gradient = jax.grad(lambda m: jnp.vdot(a, sm.rescaled(sm.identity)({"a": m})["a"]))(mask)
+    np.testing.assert_allclose(gradient, jax.grad(lambda m: jnp.vdot(a, m * (5 / m.sum())))(mask), rtol=1e-6)
+    ones, total = float(mask.sum()), float(a @ mask)
+    np.testing.assert_allclose(gradient, 5 * np.asarray(a) / ones - 5 * total / ones**2, rtol=1e-5)
+    nothing = jax.grad(lambda m: jnp.vdot(a, sm.rescaled(sm.identity)({"a": m})["a"]))(jnp.zeros(5, jnp.float32))
+    np.testing.assert_allclose(nothing, 5 * a)
+
+
+def test_bernoulli_steps_train_the_scores_alone_and_compile_once():
+    subnet = sm.Subnet(weights(), zeroed())
+    tx = optax.sgd(1.0)
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.mean(jnp.square(batch @ params["Dense_0"]["kernel"] - 1)), (model_state, {})
+
+    step = jax.jit(sm.make_train_step(sm.rescaled(sm.bernoulli()), loss_fn, tx, learns="scores"))
+    state = sm.init_state(subnet, tx, jax.random.key(0), learns="scores")
+    for _ in range(3):
+        state, metrics = step(state, jnp.ones((4, 20)))
+    assert step._cache_size() == 1 and np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, state.subnet.weights, subnet.weights)
+    assert np.all(kernels(state.subnet.scores)["Dense_0"] != 0)

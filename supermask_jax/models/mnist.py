@@ -35,17 +35,19 @@ def _max_of_windows_jvp(primals, tangents):
 class LeNet300100(nn.Module):
     """LeNet-300-100: dense 300, ReLU, dense 100, ReLU, dense `classes`; [n, ...] -> [n, classes] logits.
 
-    `dropout` is the rate after each hidden layer. Source: LeCun et al. 1998; Frankle & Carbin 2019, figure 2.
+    `dropout` is the rate after each hidden layer. `hidden` holds their widths, for what is left after whole neurons
+    are pruned. Source: LeCun et al. 1998; Frankle & Carbin 2019, figure 2.
     """
 
     classes: int = 10
     use_bias: bool = True
     dropout: float = 0.0
+    hidden: tuple[int, ...] = (300, 100)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
-        for features in (300, 100):
+        for features in self.hidden:
             x = nn.relu(nn.Dense(features, use_bias=self.use_bias)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, use_bias=self.use_bias)(x)
@@ -58,20 +60,23 @@ class MnistConvNet(nn.Module):
     convolutions are VALID. As published, there is **no ReLU after the second convolution**.
 
     `channel_dropout` drops whole feature maps; `dropout` acts on single units (the published code calls Dropout2d
-    there, which on a vector is ordinary dropout). The published rates are 0.25 and 0.5.
+    there, which on a vector is ordinary dropout). The published rates are 0.25 and 0.5. `features` holds the widths of
+    the hidden layers, for what is left after whole channels and neurons are pruned.
     Source: simple_mnist_example.py in the released code of Ramanujan et al. 2020.
     """
 
     classes: int = 10
     channel_dropout: float = 0.0
     dropout: float = 0.0
+    features: tuple[int, int, int] = (32, 64, 128)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", use_bias=False)(x))
-        x = max_pool(nn.Conv(64, (3, 3), padding="VALID", use_bias=False)(x))
+        first, second, dense = self.features
+        x = nn.relu(nn.Conv(first, (3, 3), padding="VALID", use_bias=False)(x))
+        x = max_pool(nn.Conv(second, (3, 3), padding="VALID", use_bias=False)(x))
         x = nn.Dropout(self.channel_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(128, use_bias=False)(x))
+        x = nn.relu(nn.Dense(dense, use_bias=False)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, use_bias=False)(x)

@@ -1,0 +1,254 @@
+"""Lottery tickets: prune what trained weights say, go back to the weights before training, train again.
+
+Everything here is a function around the train function that it is given. Rewinding is nothing but starting every
+round from the same weights: those of step 0 (Frankle & Carbin 2019), or those of an early step k (Frankle et al. 2020).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from supermask_jax.densities import exact, keep_count
+from supermask_jax.selection import keep_highest, keep_highest_of_all, random_scores, unit_masks, unit_scores
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    apply_masks,
+    by_path,
+    is_kernel,
+    leaf_key,
+    map_with_name,
+    ones_and_sizes,
+    per_path,
+    prunable,
+)
+
+Scope = Literal["global", "layer"]
+Unit = Literal["weight", "neuron"]
+
+
+def full_masks(weights: Tree, where: Where = is_kernel) -> Tree:
+    """Masks that keep everything: ones at the prunable leaves, None elsewhere. ValueError if `where` chooses none."""
+    shapes = prunable(weights, where)
+    return map_with_name(lambda path, leaf: jnp.ones_like(leaf) if path in shapes else None, weights)
+
+
+def prune(
+    weights: Tree,
+    masks: Tree,
+    fraction: float | Mapping[str, float],
+    scope: Scope = "global",
+    unit: Unit = "weight",
+) -> Tree:
+    """Masks without the `fraction` of the kept weights whose magnitude is least. Arguments as in `prune_by`.
+
+    Source: Frankle & Carbin 2019, section 2 (each layer by itself, the output layer at half the rate) and section 4
+    (globally). Their released code removes one weight more, the threshold itself, and so does open_lth.
+    """
+    scores = jax.tree.map(lambda weight, mask: None if mask is None else jnp.abs(weight), weights, masks)
+    return prune_by(scores, masks, fraction, scope, unit)
+
+
+def prune_by(
+    scores: Tree,
+    masks: Tree,
+    fraction: float | Mapping[str, float],
+    scope: Scope = "global",
+    unit: Unit = "weight",
+) -> Tree:
+    """Masks without the `fraction` of what `masks` keep whose scores are lowest; nothing pruned comes back.
+
+    Of m that are left, `keep_count(1 - fraction, m)` stay, computed on the decimal as written.
+
+    Args:
+      scores: tree of floats of at most 32 bits, None where `masks` are.
+      masks: what is left; exactly 0 or 1. Leaves that are None are neither pruned nor counted.
+      fraction: the part of what is **left** that is removed, in [0, 1]; with scope "layer" also {path: fraction}.
+      scope: "global" ranks all layers as one; "layer" ranks each by itself.
+      unit: "weight"; or "neuron", for whole output units (neurons, channels), ranked by the mean score of the weights
+        that each has left. What is left, and counted, is then units, and one with no weight left stays out. The output
+        layer's units are the classes: give it fraction 0, or the mask None.
+
+    Raises:
+      ValueError: a fraction outside [0, 1], an unknown scope or unit, paths that do not match, a mapping with scope
+        "global", scores that are NaN, masks that are not 0/1.
+    """
+    _check_choice("scope", scope, ("global", "layer"))
+    _check_choice("unit", unit, ("weight", "neuron"))
+    if unit == "neuron":
+        return apply_masks(masks, prune_by(unit_scores(scores, masks), unit_masks(masks), fraction, scope))
+    left = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
+    if scope == "layer":
+        counts = {path: _count_left(part, left[path]) for path, part in per_path(fraction, left).items()}
+        return keep_highest(scores, counts, masks)
+    if isinstance(fraction, Mapping):
+        raise ValueError("a fraction for each path needs scope='layer': a global ranking removes one fraction of all")
+    return keep_highest_of_all(scores, _count_left(fraction, sum(left.values())), masks)
+
+
+def round_fraction(density: float, rounds: int) -> float:
+    """The fraction to remove in each of `rounds` rounds so that `density` is left: 1 - density**(1 / rounds).
+
+    To twelve decimals: without that 0.64 in two rounds is 0.19999999999999996, which keeps a weight too many.
+
+    Raises:
+      ValueError: the density is outside [0, 1], or there is no round.
+    """
+    if rounds < 1:
+        raise ValueError(f"a density is reached in one round or more, got {rounds}")
+    return round(1 - float(exact(density)) ** (1 / rounds), 12)
+
+
+class Round(NamedTuple):
+    """One round of iterative pruning: what was trained under which masks, and what came of it."""
+
+    number: int  # from 0, before anything is pruned
+    masks: Tree
+    trained: Any  # what `train` returned
+
+
+def iterative_pruning(
+    train: Callable[[Tree, Tree, int], Any],
+    weights: Tree,
+    masks: Tree,
+    rounds: int,
+    prune: Callable[[Any, Tree], Tree],
+) -> Iterator[Round]:
+    """Trains and prunes `rounds` times, and trains what is left: yields rounds + 1 rounds, each when it is trained.
+
+    Every round starts from the same `weights`: that is rewinding, to the step they are from. To fine-tune instead,
+    let `train` remember. One-shot pruning is one round with a large fraction. Consuming it by `for` trains; breaking
+    off trains no further.
+
+    Args:
+      train: (weights, masks, number) -> trained, which is anything that `prune` can read; most simply the weights.
+      weights: what every round starts from.
+      masks: what the first round trains under; most often `full_masks`.
+      rounds: how often to prune; 0 trains once.
+      prune: (trained, masks) -> the next round's masks; such as `partial(lottery.prune, fraction=0.2)`.
+
+    Raises:
+      ValueError: `rounds` is negative.
+
+    Source: Frankle & Carbin 2019, section 1 and, in appendix B, strategy 1; from a step k: Frankle et al. 2020.
+    """
+    if rounds < 0:
+        raise ValueError(f"the number of rounds must not be negative, got {rounds}")
+    for number in range(rounds + 1):
+        trained = train(weights, masks, number)
+        yield Round(number, masks, trained)
+        if number < rounds:
+            masks = prune(trained, masks)
+
+
+def random_like(key: jax.Array, masks: Tree) -> Tree:
+    """Random masks with exactly as many ones in each layer: the control of an experiment with `masks`.
+
+    A leaf's draw depends on `key` and its path alone. ValueError for masks that are not 0/1.
+    """
+    counts = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
+    drawn = keep_highest(random_scores(key, masks, where=lambda path, leaf: True), counts)
+    return jax.tree.map(lambda mask, new: new.astype(mask.dtype), masks, drawn)
+
+
+def reshuffled(key: jax.Array, weights: Tree, masks: Tree) -> Tree:
+    """Weights whose kept ones are permuted among the kept positions of their layer; all others as they are.
+
+    A leaf's draw depends on `key` and its path alone. Not for jit: how many are kept must be known.
+    Source: Zhou et al. 2019, section 3 ("reshuffle"). Their "reinit" is nothing but other weights.
+    """
+
+    def shuffle(path: str, weight: jax.Array, mask: jax.Array | None) -> jax.Array:
+        if mask is None:
+            return weight
+        kept = jnp.flatnonzero(mask)
+        flat = jnp.asarray(weight).ravel()
+        return flat.at[kept].set(jax.random.permutation(leaf_key(key, path), flat[kept])).reshape(weight.shape)
+
+    return map_with_name(shuffle, weights, masks)
+
+
+def frozen(masks: Tree) -> optax.GradientTransformation:
+    """Multiplies updates by `masks`: put last in a chain, it leaves pruned weights at the value that they have.
+
+    For networks whose pruned weights are not 0 but keep their initial value: train them densely with it. Last, because
+    momentum and decay before it would move them all the same. Leaves whose mask is None pass. Its state **is** the
+    masks: a step that is compiled with one `frozen` serves the state of any other, without a new compilation.
+    Source: Zhou et al. 2019, section 4 (mask-0 actions).
+    """
+
+    def init(weights: Tree) -> Tree:  # copies: a step may donate its state, and the masks are the caller's
+        return jax.tree.map(lambda w, mask: None if mask is None else jnp.array(mask, w.dtype), weights, masks)
+
+    def update(updates: Tree, state: Tree, weights: Tree | None = None) -> tuple[Tree, Tree]:
+        return apply_masks(updates, state), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def shrink(weights: Tree, masks: Tree, layers: list[str]) -> Tree:
+    """The weights of the smaller network that computes what weights * masks does, without the units pruned whole.
+
+    Gone are, of each kernel but the last, the output units whose mask is all 0, with their biases, and what the next
+    kernel reads of them. A dense kernel may read a flattened picture, whose channels are innermost (NHWC). It holds
+    where a unit of zeros stays 0 on its way to the next kernel: through ReLU, pooling and dropout, not through sigmoid.
+
+    Args:
+      weights: every parameter: the kernels of a chain, [..., in, out], and their biases, siblings named "bias".
+      masks: 0 or 1, None at leaves that are not pruned.
+      layers: the paths of the kernels in the order in which data passes through them.
+
+    Returns:
+      A tree like `weights` of smaller arrays, for the same model with smaller widths; masks are applied to it.
+
+    Raises:
+      ValueError: `layers` are not the kernels that there are, or do not chain; a layer is pruned whole; a unit that
+        would go has a bias that is not 0, which it still passes on.
+    """
+    leaves = by_path(apply_masks(weights, masks))
+    biases = {path: path[: path.rfind("/") + 1] + "bias" for path in layers}
+    if sorted(layers) != sorted(path for path in leaves if path not in biases.values()):
+        raise ValueError(
+            "layers must name every kernel once, in the order of the data, and every other leaf be a bias beside one: "
+            f"got {', '.join(layers)} of {', '.join(leaves)}"
+        )
+    kept = by_path(masks)
+    for path, following in pairwise(layers):
+        mask = np.asarray(kept.get(path, np.ones(leaves[path].shape)))
+        stays = mask.any(axis=tuple(range(mask.ndim - 1)))
+        if not stays.any():
+            raise ValueError(f"all units of {path!r} are pruned: nothing passes through it")
+        if biases[path] in leaves:
+            bias = leaves[biases[path]]
+            constant = np.flatnonzero(~stays & (np.asarray(bias) != 0))
+            if constant.size:
+                raise ValueError(
+                    f"unit {constant[0]} of {path!r} is pruned, but its bias is {bias[constant[0]]}, not 0"
+                )
+            leaves[biases[path]] = jnp.compress(stays, bias)
+        positions, rest = divmod(leaves[following].shape[-2], stays.size)
+        if rest or not positions:
+            raise ValueError(f"{following!r} {leaves[following].shape} cannot read the {stays.size} units of {path!r}")
+        leaves[path] = jnp.compress(stays, leaves[path], axis=-1)
+        leaves[following] = jnp.compress(np.tile(stays, positions), leaves[following], axis=-2)
+    return map_with_name(lambda path, leaf: leaves[path], weights)
+
+
+def _count_left(fraction: float, left: int) -> int:
+    try:
+        removed = exact(fraction)
+    except ValueError:
+        raise ValueError(
+            f"fraction must be a number in [0, 1] (the part of what is left that is removed), got {fraction!r}"
+        ) from None
+    return keep_count(1 - removed, left)
+
+
+def _check_choice(what: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {choice!r}")

@@ -1,0 +1,230 @@
+"""The threshold of the highest scores, exactly, without a sort: a search by counting.
+
+Scores become integer order keys (`order_key`). A threshold t is sought with exactly `count` keys >= t. Each pass
+compares every key with one probe per group and needs a sum of counts and nothing else, so all layers advance in
+lockstep and scores that are sharded over devices stay so; the result does not depend on their layout.
+Probes come from a small sample (all that a mesh ever gathers), then from interpolating the counts (fast on any smooth
+distribution), with a bisection whenever that stalls (so the number of passes is bounded whatever the scores are).
+Probes only steer: what ends the search is the exact count. Where equal scores straddle the cut, a second search of the
+same kind runs over their flat indices.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
+EXACT_IN_FLOAT32 = 2**24
+SAMPLE = 2**9  # keys per group that guide the search
+
+
+def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+    """int32 in the order of the floats, 0.0 = -0.0; the lowest int32, which no float has, where not allowed."""
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+    key = jnp.where(bits >= 0, bits, INT32_MIN - bits)
+    return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
+
+
+# Compiled, so that a call outside jit costs one compilation per set of shapes and not one per call.
+@partial(jax.jit, static_argnames="groups", inline=True)
+def highest(keys: list[jax.Array], counts: list, groups: tuple[int, ...]) -> list[jax.Array]:
+    """Boolean masks of the counts[g] highest keys among the arrays whose group is g; ties by flat index."""
+    full = [(key, g) for key, g in zip(keys, groups, strict=True) if key.size]
+    if not full:
+        return [jnp.zeros(key.shape, bool) for key in keys]
+    arrays = [key for key, _ in full]
+    present = sorted({g for _, g in full})
+    member = [present.index(g) for _, g in full]
+    wanted = jnp.stack([jnp.asarray(counts[g], jnp.int32) for g in present])
+    found = _search(arrays, member, wanted)
+    straddles = (found.at_low > wanted) & (wanted > 0)
+
+    def cut(_):
+        return [(key >= found.low[g]) & (wanted[g] > 0) for key, g in zip(arrays, member, strict=True)]
+
+    def cut_ties(_):
+        tied = [
+            jnp.where(key == found.low[g], index, -1)
+            for key, g, index in zip(arrays, member, _flat_indices(arrays, member), strict=True)
+        ]
+        sizes = jnp.array(_sizes(arrays, member), jnp.int32)
+        # A group whose cut is clean asks for all its indices, which ends its search before it begins.
+        lowest = jnp.where(straddles, wanted - found.at_high, sizes)
+        first = _search(tied, member, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
+        return [
+            ((key > found.low[g]) | ((key == found.low[g]) & (index >= first[g]))) & (wanted[g] > 0)
+            for key, g, index in zip(arrays, member, tied, strict=True)
+        ]
+
+    masks = iter(lax.cond(jnp.any(straddles), cut_ties, cut, None))
+    return [next(masks) if key.size else jnp.zeros(key.shape, bool) for key in keys]
+
+
+class _Bracket(NamedTuple):
+    """Per group: count(key >= low) = at_low >= wanted > at_high = count(key >= high)."""
+
+    low: jax.Array
+    high: jax.Array
+    at_low: jax.Array
+    at_high: jax.Array
+    turn: jax.Array  # what the next probe does: one of the turns below
+    before: jax.Array  # at_low - at_high when the current round of turns began
+
+
+HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
+
+
+def _search(keys, member, wanted, ends=None) -> _Bracket:
+    """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
+
+    keys: int32 arrays; member[i]: the group of keys[i]; wanted: int32 [groups], each in [1, keys of the group]
+    (a group that wants 0 keys is closed from the start); ends: per group a key that is not above its lowest and one
+    that is above its highest, where known.
+    """
+    sizes = jnp.array(_sizes(keys, member), jnp.int32)
+    sample = _sample(keys, member, wanted)
+
+    def is_open(b):
+        return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
+
+    def step(b):
+        probe = _probe(b, wanted, sample)
+        counts = [0] * len(sizes)
+        for key, g in zip(keys, member, strict=True):
+            counts[g] += _count(key, probe[g])
+        at = jnp.stack(counts)
+        up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
+        at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
+        stalled = (at_low - at_high) * 4 > b.before
+        over = (b.turn == HALVE) | ((b.turn == OVERSHOOT) & ~stalled)
+        turn = jnp.where(over, AIM, b.turn + 1)
+        return _Bracket(
+            jnp.where(up, probe, b.low),
+            jnp.where(down, probe, b.high),
+            at_low,
+            at_high,
+            turn,
+            jnp.where(turn == AIM, at_low - at_high, b.before),
+        )
+
+    low, high = ends or (jnp.full_like(sizes, INT32_MIN), jnp.full_like(sizes, INT32_MAX))
+    turn = jnp.full_like(sizes, HINT_LOW)
+    start = _Bracket(low, high, at_low=sizes, at_high=jnp.zeros_like(sizes), turn=turn, before=sizes)
+    return lax.while_loop(lambda b: jnp.any(is_open(b)), step, start)
+
+
+class _Sample(NamedTuple):
+    """Some keys of each group, and two of them that most likely enclose its threshold."""
+
+    keys: jax.Array  # [groups, drawn], padded with the lowest int32
+    low: jax.Array
+    high: jax.Array
+
+
+def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
+    """A key strictly inside each bracket, which the turn chooses.
+
+    HINT_LOW and HINT_HIGH come from the sample. AIM goes where the counts, interpolated, say that the threshold is.
+    OVERSHOOT goes as far past it as the nearer end is from it, to bring in the farther end. Where these do not help,
+    many keys are equal: SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects.
+    """
+    width = _width(b)
+    near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
+    past = jnp.where(b.at_low - wanted > wanted - b.at_high, near, -near)
+    aim = wanted + jnp.where(b.turn == OVERSHOOT, past, 0)
+    share = jnp.clip((b.at_low - aim) / jnp.maximum(b.at_low - b.at_high, 1), 0, 1)
+    offset = jnp.where(b.turn == HALVE, width >> 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
+    offset = jnp.where(b.turn == STEP, 1, offset)
+    probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
+    at_least = sample.keys >= probe[:, None]
+    above = jnp.min(jnp.where(at_least, sample.keys, INT32_MAX), axis=1)
+    below = jnp.max(jnp.where(at_least, INT32_MIN, sample.keys), axis=1)
+    probe = jnp.where(b.turn == SNAP, jnp.where(above < b.high, above, below), probe)
+    probe = jnp.where(b.turn == HINT_LOW, sample.low, jnp.where(b.turn == HINT_HIGH, sample.high, probe))
+    return jnp.clip(probe, b.low + 1, b.high - 1)
+
+
+def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sample:
+    """About SAMPLE keys of each group, with quantiles three deviations apart around the threshold's.
+
+    Where the sample is the whole group, both are the threshold itself.
+    """
+    rows, lows, highs = [], [], []
+    for group, size in enumerate(_sizes(keys, member)):
+        parts = [_slice(key, SAMPLE / size).ravel() for key, g in zip(keys, member, strict=True) if g == group]
+        row = jnp.concatenate(parts)
+        share, drawn = wanted[group] / size, row.size
+        margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
+        rank = (row[None, :] >= row[:, None]).astype(jnp.float32) @ jnp.ones(drawn)  # 1 for the highest
+        for side, ends in ((1, lows), (-1, highs)):
+            limit = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn)
+            ends.append(jnp.max(jnp.where(rank >= limit, row, INT32_MIN)))
+        rows.append(row)
+    drawn = max(row.size for row in rows)
+    padded = [jnp.pad(row, (0, drawn - row.size), constant_values=INT32_MIN) for row in rows]
+    return _Sample(jnp.stack(padded), jnp.stack(lows), jnp.stack(highs))
+
+
+def _slice(key: jax.Array, share: float) -> jax.Array:
+    """About this share of the keys, and at least one: a slice with strides, of which little moves between shards."""
+    wanted = max(round(share * key.size), 1)
+    for axis in np.argsort(key.shape)[::-1].tolist():
+        stride = min(key.shape[axis], max(key.size // wanted, 1))
+        key = lax.slice_in_dim(key, 0, None, stride=stride, axis=axis)
+    return key
+
+
+def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:
+    """int32 number of keys >= threshold.
+
+    On a CPU the rows are summed by a product with ones, more than twice as fast as an integer sum and, unlike a float
+    sum, fast whatever the compiler's options. Elsewhere one sum over all axes, which a mesh exchanges as one number.
+    Both are exact: no float exceeds 2**24.
+    """
+
+    def by_rows(part):
+        return jnp.sum((part @ jnp.ones(part.shape[-1])).astype(jnp.int32))
+
+    def at_once(part):
+        axes, size = [], 1
+        for axis in reversed(range(part.ndim)):
+            if size * part.shape[axis] <= EXACT_IN_FLOAT32:
+                axes.append(axis)
+                size *= part.shape[axis]
+        return jnp.sum(jnp.sum(part, axis=tuple(axes)).astype(jnp.int32))
+
+    part = (key >= threshold).astype(jnp.float32)
+    if part.ndim < 2 or part.shape[-1] > EXACT_IN_FLOAT32:
+        return at_once(part)
+    return lax.platform_dependent(part, cpu=by_rows, default=at_once)
+
+
+def _width(b: _Bracket) -> jax.Array:
+    return (b.high - b.low).astype(jnp.uint32)  # up to 2**32 - 1: wraps right only without a sign
+
+
+def _sizes(keys: list[jax.Array], member: list[int]) -> list[int]:
+    sizes = [0] * (max(member) + 1)
+    for key, g in zip(keys, member, strict=True):
+        sizes[g] += key.size
+    if max(sizes) > INT32_MAX - 1:
+        raise ValueError("more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits")
+    return sizes
+
+
+def _flat_indices(arrays: list[jax.Array], member: list[int]) -> list[jax.Array]:
+    """Flat index of every element within its group, from an iota per axis: a ravel would gather a sharded array."""
+    start, indices = dict.fromkeys(member, 0), []
+    for array, g in zip(arrays, member, strict=True):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        index = jnp.full(array.shape, start[g], jnp.int32)
+        for axis, stride in enumerate(strides):
+            index = index + lax.broadcasted_iota(jnp.int32, array.shape, axis) * stride
+        indices.append(index)
+        start[g] += array.size
+    return indices
