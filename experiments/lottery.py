@@ -46,14 +46,15 @@ class Config:
     rounds: int = 8
     """How often a part of what is left is pruned. 1: one-shot pruning."""
     fraction: float = 0.2
-    """The part of what is left that a round removes from each layer; half of it from the output layer."""
+    """The part of what is left that a round removes from each layer; half of it from the output layer, which --unit
+    neuron leaves alone and --scope global ranks with the rest."""
     density: float | None = None
-    """Weights remaining after the last round: instead of --fraction, which is then computed from --rounds. The output
-    layer loses half as much."""
+    """Weights remaining after the last round: instead of --fraction, which is then computed from --rounds."""
     scope: Literal["layer", "global"] = "layer"
     """Rank weights within each layer, or all of them together."""
     unit: Literal["weight", "neuron"] = "weight"
-    """Prune single weights, or whole neurons and channels (then never those of the output layer)."""
+    """Prune single weights, or whole neurons and channels (never outputs): then --fraction and --density count those,
+    and the density that is reported is that of the weights into the ones that are left."""
     criterion: CRITERIA = "large_final"
     """What ranks the weights, from their values before and after training. large_final: their magnitude after it."""
     kept: Literal["rewind", "reinit", "reshuffle", "signed-constant"] = "rewind"
@@ -62,7 +63,8 @@ class Config:
     pruned: Literal["zero", "freeze"] = "zero"
     """Pruned weights are zero, or stay what they were at the start."""
     rewind_step: int = 0
-    """Tickets go back to the weights of this step of training."""
+    """Tickets go back to the weights of this step of training, and train from there with a new optimizer; so does the
+    full network that the first masks are drawn from. What a criterion calls initial are these weights."""
     prune_at: float = 1.0
     """The part of training, in (0, 1], after which the masks are drawn. Training itself always goes on to the end."""
     controls: tuple[Literal["reinit", "random"], ...] = ("reinit", "random")
@@ -97,8 +99,8 @@ class Config:
     """Draw the tickets on --dataset, but train and measure them and the controls on this one."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
-    validation: int = 5000
-    """Training images held out, whose loss says when to stop early; mnist-5k holds out at most 500."""
+    validation: int | None = None
+    """Training images held out, whose loss says when to stop early. [5000, or a tenth of a smaller set]"""
     eval_every: int = 100
     """Steps between evaluations: how exactly the early-stopping iteration is known."""
     workdir: str | None = None
@@ -120,21 +122,65 @@ class Config:
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("validation", self.validation >= 1, "1 or more images"),
+            ("validation", self.validation is None or self.validation >= 1, "1 or more images"),
             ("eval_every", self.eval_every >= 1, "1 or more steps"),
             ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
         ):
             if not valid:
                 raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
-        if self.pruned == "freeze" and self.unit == "neuron":
-            raise UserError("--unit neuron removes neurons for good: it does not go with --pruned freeze.")
-        if self.unit == "neuron" and self.scope == "global":
-            raise UserError("--unit neuron with --scope global would prune outputs of the network: say --scope layer.")
-        if self.stability and self.prune_at < 1:
-            raise UserError("--stability compares networks at the end of training: leave --prune-at at 1.")
-        if self.transfer_to and self.sweep != "none":
-            raise UserError("--transfer-to does not go with --sweep.")
+        for wrong, says in (
+            (
+                round(self.prune_at * self.steps) <= self.rewind_step,
+                "--prune-at draws masks before --rewind-step is passed: nothing is learned by then.",
+            ),
+            (
+                self.rewind_step and self.schedule == "cosine",
+                "--rewind-step begins a new schedule: say --schedule constant.",
+            ),
+            (
+                self.unit == "neuron" and self.pruned == "freeze",
+                "--unit neuron removes neurons for good: it does not go with --pruned freeze.",
+            ),
+            (
+                self.unit == "neuron" and self.rewind_step,
+                "--unit neuron needs biases that begin at 0: leave --rewind-step at 0.",
+            ),
+            (
+                self.unit == "neuron" and self.scope == "global",
+                "--unit neuron with --scope global would prune outputs of the network: say --scope layer.",
+            ),
+            (
+                self.stability and self.prune_at < 1,
+                "--stability compares networks at the end of training: leave --prune-at at 1.",
+            ),
+            (
+                self.kept == "reinit" and "reinit" in self.controls,
+                "--kept reinit makes the tickets what the control reinit is: say --controls random.",
+            ),
+            (
+                self.transfer_to and self.sweep != "none",
+                "--transfer-to does not go with --sweep.",
+            ),
+            (
+                self.sweep == "untrained" and self != replace(self, **UNTRAINED),
+                "--sweep untrained trains nothing but full networks and ranks layer by layer: it does not go with "
+                + ", ".join(f"--{name.replace('_', '-')}" for name in UNTRAINED)
+                + ".",
+            ),
+        ):
+            if wrong:
+                raise UserError(says)
+
+
+UNTRAINED = {
+    "scope": "layer",
+    "unit": "weight",
+    "kept": "rewind",
+    "pruned": "zero",
+    "rewind_step": 0,
+    "stability": False,
+}
 
 
 def defaults(preset: str = "short") -> dict:
@@ -150,8 +196,8 @@ def main(config: Config) -> dict:
     if dataset.warning:
         display.show_warning(dataset.warning)
     target = data.load(config.transfer_to, config.data_dir) if config.transfer_to else None
-    most = min(len(d.train_labels) for d in (dataset, target) if d) // 10
-    config = replace(config, dataset=dataset.name, validation=min(config.validation, most))
+    tenth = min(len(images.train_labels) for images in (dataset, target) if images) // 10
+    config = replace(config, dataset=dataset.name, validation=config.validation or max(min(5000, tenth), 1))
     if config.sweep == "none":
         return ticket_rounds.run(config, dataset, target)
     return ticket_sweeps.run(config, dataset)

@@ -56,7 +56,10 @@ def curves(summary: dict, records: list[dict]):
     before, _ = STAGES.get(summary["method"], OTHER_STAGES)
     for ax, measure in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         percent, drawn = measure == "accuracy", []
-        for name, colour, label in (held, BLUE, held), ("train", ORANGE, "train, mean over the epoch"):
+        lines = [(held, BLUE, held), ("train", ORANGE, "train, mean over the epoch")]
+        if f"{held}_sampled_{measure}" in records[0]:
+            lines.append((f"{held}_sampled", COLOURS[2], f"{held}, mean of sampled masks"))
+        for name, colour, label in lines:
             at = {r["epoch"]: r[f"{name}_{measure}"] for r in records if f"{name}_{measure}" in r}
             epochs, values = list(at), np.array(list(at.values()))
             first, last = (f"{value:.2%}" if percent else f"{value:.4f}" for value in values[[0, -1]])

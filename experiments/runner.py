@@ -277,15 +277,13 @@ def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[
         losses, hits = jax.lax.map(one, (images, labels, weights))
         return jnp.sum(losses), jnp.sum(hits)
 
-    compiled = {}
+    compiled, batches = {}, {}
 
     def evaluate(subnet, held, keys=()):
         examples = len(held.labels)
-        padding = -examples % EVAL_BATCH
-        padded = []
-        for part in (held.images, held.labels, np.ones(examples, np.float32)):
-            rest = np.zeros((padding, *part.shape[1:]), part.dtype)
-            padded.append(np.concatenate([part, rest]).reshape(-1, EVAL_BATCH, *part.shape[1:]))
+        if held.name not in batches:
+            batches[held.name] = [_in_batches(p) for p in (held.images, held.labels, np.ones(examples, np.float32))]
+        padded = batches[held.name]
 
         def means(key):
             arguments, kind = (subnet, key, *padded), (held.name, key is None)
@@ -300,6 +298,12 @@ def make_evaluate(mask_fn: sm.MaskFn, model, dataset: data.Dataset) -> Callable[
         return figures
 
     return evaluate
+
+
+def _in_batches(part: np.ndarray) -> jax.Array:
+    """[batches, EVAL_BATCH, ...] on the device, padded with zeros."""
+    rest = np.zeros((-len(part) % EVAL_BATCH, *part.shape[1:]), part.dtype)
+    return jnp.asarray(np.concatenate([part, rest]).reshape(-1, EVAL_BATCH, *part.shape[1:]))
 
 
 def zero_totals() -> dict[str, jax.Array]:

@@ -12,7 +12,11 @@ MARKERS = "os^vPXD"
 GREY = 0.72  # of what is dropped
 DOTS_PER_INCH = 200
 # What a network is called before and after training.
-STAGES = {"edge-popup": ("random subnetwork", "found subnetwork"), "dense": ("random network", "trained network")}
+STAGES = {
+    "edge-popup": ("random subnetwork", "found subnetwork"),
+    "bernoulli": ("nothing kept", "found subnetwork"),
+    "dense": ("random network", "trained network"),
+}
 OTHER_STAGES = ("before training", "after training")
 
 

@@ -69,13 +69,10 @@ def show_summary(summary: dict, path) -> None:
     kinds = [kind for kind in KINDS if any(r["network"] == kind for r in summary["networks"])]
     for column in ("weights left", *kinds):
         table.add_column(column, justify="right")
-    points = {kind: dict(by_density(summary["networks"], kind)) for kind in kinds}
-    for density in points["ticket"]:
-        row = [f"{density:.1%}"]
-        for kind in kinds:
-            records = points[kind].get(density)
-            row.append(_cell(records) if records else "")
-        table.add_row(*row)
+    points = {kind: {r[0]["round"]: r for _, r in by_density(summary["networks"], kind)} for kind in kinds}
+    for number, records in points["ticket"].items():
+        cells = [_cell(points[kind][number]) if number in points[kind] else "" for kind in kinds]
+        table.add_row(f"{records[0]['density']:.1%}", *cells)
     console = Console(file=sys.stdout)
     console.print(table)
     console.print(f"files: {escape(str(path))}", highlight=False, soft_wrap=True)

@@ -99,7 +99,7 @@ def curves(summary: dict):
 
 def inputs(summary: dict):
     """The part of each pixel's connections that is left, a tile for each round."""
-    figure = new_figure(f"connections left of each pixel · {summary['model']} on {summary['dataset']}", 11, 3.4)
+    figure = new_figure(f"connections left of each pixel · {summary['model']} on {summary['dataset']}", 11, 2.6)
     densities = [density for density, _ in by_density(summary["networks"], "ticket")]
     chosen = evenly(list(range(len(summary["per_input"]))), TILES)
     axes = figure.subplots(1, len(chosen), squeeze=False)[0]
@@ -117,5 +117,9 @@ def _title(summary: dict) -> str:
     config = summary["config"]
     how = "one-shot" if config["rounds"] == 1 else f"{config['rounds']} rounds"
     where = f"rewound to step {config['rewind_step']}" if config["rewind_step"] else "rewound to the start"
+    usual = {"criterion": "large_final", "kept": "rewind", "pruned": "zero", "scope": "layer", "unit": "weight"}
+    others = [f"{name} {config[name]}" for name, value in usual.items() if config[name] != value]
+    if summary["tickets_from"] != summary["dataset"]:
+        others.append(f"tickets from {summary['tickets_from']}")
     trials = f"{config['trials']} trials, lowest to highest" if config["trials"] > 1 else "1 trial"
-    return f"{summary['model']} on {summary['dataset']} · {how}, {where} · {trials}"
+    return " · ".join([f"{summary['model']} on {summary['dataset']}", f"{how}, {where}", *others, trials])

@@ -14,6 +14,7 @@ from experiments.data import Dataset
 from experiments.tickets import Network, Trained, Trainer
 from experiments.workdir import Workdir, digest
 from supermask_jax import initializers, lottery, saliency
+from supermask_jax.selection import unit_masks
 from supermask_jax.trees import Tree, by_path, leaf_key
 
 OUTPUT = {"lenet-300-100": "Dense_2/kernel", "convnet": "Dense_1/kernel"}  # named: never inferred from order
@@ -28,40 +29,55 @@ def run(config, dataset: Dataset, target: Dataset | None = None) -> dict:
       dataset: images that the tickets are drawn on.
       target: images that tickets and controls are trained and measured on, if not the same.
     """
-    workdir = open_workdir(config, dataset)
+    workdir = open_workdir(config, dataset, target)
     summary = workdir.summary()
     if not summary:
+        networks, inputs = [], []
         with Experiment(config, dataset, target, workdir) as experiment:
-            found = [found for trial in range(config.trials) for found in experiment.rounds(trial)]
+            for trial in range(config.trials):
+                for found in experiment.rounds(trial):
+                    networks.extend(found.records)
+                    if trial == 0 and found.per_input:
+                        inputs.append(found.per_input)
         summary = {
             "dataset": (target or dataset).name,
+            "tickets_from": dataset.name,
             "model": config.model,
-            "networks": [record for f in found for record in f.records],
-            "per_input": [f.per_input for f in found if f.trial == 0 and f.per_input],
+            "networks": networks,
+            "per_input": inputs,
             "compile_seconds": experiment.compile_seconds,
             "versions": runner.versions(),
             "seed": config.seed,
             "config": workdir.config(),
-            "data_source": dataset.source,
+            "data_source": " and ".join(d.source for d in (dataset, target) if d),
         }
-        ticket_plots.draw(workdir.path, summary)
-        workdir.finish(summary)
+        finish(workdir, summary, lambda: ticket_plots.draw(workdir.path, summary))
     ticket_display.show_summary(summary, workdir.path)
     return summary
 
 
-def open_workdir(config, dataset: Dataset, summary_keys: set[str] = SUMMARY_KEYS) -> Workdir:
+def finish(workdir: Workdir, summary: dict, draw: Callable[[], None]) -> None:
+    """Draws, and writes the summary whether or not that works: a picture that fails must not cost the result."""
+    try:
+        draw()
+    finally:
+        workdir.finish(summary)
+
+
+def open_workdir(
+    config, dataset: Dataset, target: Dataset | None = None, summary_keys: set[str] = SUMMARY_KEYS
+) -> Workdir:
     """The directory that --workdir names, or one named after the settings."""
     kind = "" if config.sweep == "none" else f"{config.sweep}-"
     name = f"{kind}{config.model}-{dataset.name}-s{config.seed}-{digest(config)}"
     path = Path(config.workdir).expanduser() if config.workdir else Path("runs/lottery") / name
-    return Workdir(path, config, f"{zlib.crc32(dataset.train_images.tobytes()):08x}", summary_keys)
+    digests = [f"{zlib.crc32(images.train_images.tobytes()):08x}" for images in (dataset, target) if images]
+    return Workdir(path, config, "+".join(digests), summary_keys)
 
 
 class Found(NamedTuple):
     """A round: the networks that were trained under its masks."""
 
-    trial: int
     number: int
     records: list[dict]  # of `tickets.Trained`, with "trial", "round", "network" and the figures of `best`
     per_input: list[float] | None  # the fraction kept of each input's connections, where inputs have such
@@ -78,6 +94,7 @@ class Experiment:
         self._shown = ticket_display.Display(config.trials * networks, config.steps)
         self._finder = Trainer(config, dataset, workdir, self._shown.step)
         self._trainer = Trainer(config, target, workdir, self._shown.step) if target else self._finder
+        self._initial: dict[int, Tree] = {}
 
     def __enter__(self):
         self._shown.__enter__()
@@ -98,33 +115,33 @@ class Experiment:
         transferred = self._trainer is not self._finder
 
         def network(kind: str, number: int, masks: Tree, trainer: Trainer) -> Trained:
+            weights = begins(kind, number, masks)
             order = leaf_key(key, "another order" if kind == "again" else "order")
-            name = f"trial{trial}-round{number}-{kind}"
-            first_step = (
-                0 if kind == "reinit" else config.rewind_step
-            )  # new weights have all their training before them
-            trained = trainer.train(Network(name, begins[kind](masks), masks, order, first_step))
+            is_new = number > 0 and (kind == "reinit" or (config.kept == "reinit" and kind != "random"))
+            first_step = 0 if is_new else config.rewind_step  # new weights have all their training before them
+            name, is_control = f"trial{trial}-round{number}-{kind}", kind in config.controls
+            trained = trainer.train(Network(name, weights, masks, order, first_step, is_control=is_control))
             head = {"trial": trial, "round": number, "network": kind}
             trained = trained._replace(record=head | trained.record | best(trained.record["curve"]))
             self._shown.network(trained.record)
             return trained
 
-        def train(weights, masks, number):
-            return network("source" if transferred else "ticket", number, masks, self._finder)
+        def train(_, masks, number):
+            kind = "source" if transferred else "ticket"
+            found = network(kind, number, masks, self._finder)
+            return Pruned(begins(kind, number, masks), found)
 
-        prune = make_prune(config, key, start)
-        for number, masks, found in lottery.iterative_pruning(train, start, full, config.rounds, prune):
+        prune = make_prune(config, key)
+        for number, masks, (before, found) in lottery.iterative_pruning(train, start, full, config.rounds, prune):
             ticket = network("ticket", number, masks, self._trainer) if transferred else found
             records = [ticket.record]
             if config.stability:
                 again = network("again", number, masks, self._trainer)
-                ticket.record["instability"] = instability(start, masks, ticket.drawn, again.drawn)
-            if number:
-                random = lottery.random_like(leaf_key(key, f"random masks {number}"), masks)
-                for kind in config.controls:
-                    of_kind = random if kind == "random" else masks
-                    records.append(network(kind, number, of_kind, self._trainer).record)
-            yield Found(trial, number, records, per_input(masks), found.drawn)
+                ticket.record["instability"] = instability(before, masks, ticket.drawn, again.drawn)
+            for kind in config.controls if number else ():
+                of_kind = masks if kind == "reinit" else random_control(config, key, number, masks)
+                records.append(network(kind, number, of_kind, self._trainer).record)
+            yield Found(number, records, per_input(masks), found.drawn)
 
     def key(self, trial: int) -> jax.Array:
         """What everything random in a trial comes from."""
@@ -132,7 +149,9 @@ class Experiment:
 
     def initial(self, trial: int) -> Tree:
         """The weights that a trial begins with."""
-        return self._finder.draw(leaf_key(self.key(trial), "weights"))
+        if trial not in self._initial:
+            self._initial = {trial: self._finder.draw(leaf_key(self.key(trial), "weights"))}
+        return self._initial[trial]
 
     def start(self, trial: int) -> Tree:
         """The weights that its tickets are rewound to: the same, or those after --rewind-step steps of training."""
@@ -148,16 +167,36 @@ class Experiment:
         return self._trainer.evaluate(weights, masks)
 
 
-def _starts(config, key: jax.Array, start: Tree, other: Tree) -> dict[str, Callable[[Tree], Tree]]:
-    """{kind of network: its masks -> the weights that it starts from}."""
+class Pruned(NamedTuple):
+    """What masks are drawn from: a network's weights before training, and what came of it."""
+
+    before: Tree
+    after: Trained
+
+
+def _starts(config, key: jax.Array, start: Tree, other: Tree) -> Callable[[str, int, Tree], Tree]:
+    """(kind of network, round, its masks) -> the weights that it starts from. Round 0 is the full network."""
     ways = {
         "rewind": lambda masks: start,
         "reinit": lambda masks: other,
         "reshuffle": lambda masks: lottery.reshuffled(leaf_key(key, "reshuffle"), start, masks),
         "signed-constant": lambda masks: where_kept(masks, initializers.signed_deviation(start), start),
     }
-    ticket = ways[config.kept]
-    return {"ticket": ticket, "source": ticket, "again": ticket, "reinit": ways["reinit"], "random": ways["rewind"]}
+    controls = {"reinit": ways["reinit"], "random": ways["rewind"]}
+
+    def begins(kind: str, number: int, masks: Tree) -> Tree:
+        return controls.get(kind, ways[config.kept])(masks) if number else start
+
+    return begins
+
+
+def random_control(config, key: jax.Array, number: int, masks: Tree) -> Tree:
+    """Random masks that keep as much of each layer: as many weights, or as many whole neurons."""
+    key = leaf_key(key, f"random masks {number}")
+    if config.unit == "weight":
+        return lottery.random_like(key, masks)
+    units = lottery.random_like(key, unit_masks(masks))
+    return jax.tree.map(lambda mask, unit: jnp.ones_like(mask) * unit, masks, units)
 
 
 def where_kept(masks: Tree, kept: Tree, pruned: Tree) -> Tree:
@@ -165,8 +204,8 @@ def where_kept(masks: Tree, kept: Tree, pruned: Tree) -> Tree:
     return jax.tree.map(lambda k, p, m: k if m is None else jnp.where(m != 0, k, p), kept, pruned, masks)
 
 
-def make_prune(config, key: jax.Array, start: Tree) -> Callable[[Trained, Tree], Tree]:
-    """(trained network, masks) -> the next masks, by the criterion and at the rates that the settings name."""
+def make_prune(config, key: jax.Array) -> Callable[[Pruned, Tree], Tree]:
+    """(network, masks) -> the next masks, by the criterion and at the rates that the settings name."""
     fraction, of_output = config.fraction, config.fraction / 2
     if config.density:
         fraction = lottery.round_fraction(config.density, config.rounds)
@@ -175,11 +214,10 @@ def make_prune(config, key: jax.Array, start: Tree) -> Callable[[Trained, Tree],
         of_output = 0.0
     output = OUTPUT[config.model]
 
-    def prune(trained, masks):
+    def prune(network, masks):
         left = sum(int(jnp.sum(mask)) for mask in jax.tree.leaves(masks))
-        scores = saliency.criterion(
-            config.criterion, start, trained.drawn, masks=masks, key=leaf_key(key, f"of {left}")
-        )
+        random = leaf_key(key, f"of {left}")
+        scores = saliency.criterion(config.criterion, network.before, network.after.drawn, masks=masks, key=random)
         rates = {path: of_output if path == output else fraction for path in by_path(masks)}
         rates = rates if config.scope == "layer" else fraction
         return lottery.prune_by(scores, masks, rates, scope=config.scope, unit=config.unit)

@@ -24,13 +24,14 @@ SWEEPS = {  # name: (setting, its values, what the axis says)
     ),
 }
 SWEEP_DENSITY = 0.1  # of the tickets that are compared, where --density does not say
+FIGURES = ("validation_accuracy", "test_accuracy")
 UNTRAINED_DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 
 def run(config, dataset) -> dict:
     """Runs, or resumes, every value of the sweep in a directory of its own; returns the summary."""
     summary_keys = {"sweep", "dataset", "model", "rows", "seed", "config"}
-    workdir = ticket_rounds.open_workdir(config, dataset, summary_keys)
+    workdir = ticket_rounds.open_workdir(config, dataset, summary_keys=summary_keys)
     summary = workdir.summary()
     if not summary:
         rows = (
@@ -45,9 +46,8 @@ def run(config, dataset) -> dict:
             "config": workdir.config(),
             "data_source": dataset.source,
         }
-        picture = draw_untrained(summary) if config.sweep == "untrained" else draw(summary)
-        save(picture, workdir.path / "sweep.png")
-        workdir.finish(summary)
+        picture = draw_untrained if config.sweep == "untrained" else draw
+        ticket_rounds.finish(workdir, summary, lambda: save(picture(summary), workdir.path / "sweep.png"))
     show(summary, workdir.path)
     return summary
 
@@ -63,9 +63,12 @@ def compared(config, dataset, workdir) -> list[dict]:
         if setting == "rewind_step" and value >= config.steps:
             continue
         one = replace(config, **{"density": SWEEP_DENSITY, **_chosen(config), setting: value}, sweep="none")
-        one = replace(one, stability=config.sweep == "rewind", workdir=str(workdir.path / f"{setting}-{value}"))
+        one = replace(one, workdir=str(workdir.path / f"{setting}-{value}"))
         if setting != "rounds":
             one = replace(one, rounds=1)
+        if setting == "rewind_step":
+            one = replace(one, stability=True)
+        one.check()
         summary = ticket_rounds.run(one, dataset)
         last = [record for record in summary["networks"] if record["round"] == one.rounds]
         names = ("trial", "network", "density", *(name for name, _, _ in PANELS), "instability")
@@ -170,25 +173,21 @@ def show(summary: dict, path) -> None:
     columns = list(dict.fromkeys(across))
     for column in columns:
         table.add_column(column, justify="right")
-    lines = list(dict.fromkeys(row["criterion"] if untrained else row["value"] for row in rows))
+    key = "criterion" if untrained else "value"
+    lines = list(dict.fromkeys(row[key] for row in rows))
     for line in lines:
         cells = []
         for column in columns:
-            if untrained:
-                means = {
-                    d: np.mean(
-                        [
-                            r["test_accuracy"]
-                            for r in rows
-                            if (r["criterion"], r["start"], r["density"]) == (line, column, d)
-                        ]
-                    )
+            of_cell = [r for r, c in zip(rows, across, strict=True) if c == column and r[key] == line]
+            if untrained:  # the density is chosen by validation images, the accuracy is of test images
+                mean = {
+                    d: np.mean([[r[f] for f in FIGURES] for r in of_cell if r["density"] == d], axis=0)
                     for d in UNTRAINED_DENSITIES
                 }
-                d = max(means, key=means.get)
-                cells.append(f"{means[d]:.1%} at {d:g}")
+                best = max(mean, key=lambda d: mean[d][0])
+                cells.append(f"{mean[best][1]:.1%} at {best:g}")
             else:
-                found = [r["early_stop_test_accuracy"] for r in rows if (r["value"], r["network"]) == (line, column)]
+                found = [r["early_stop_test_accuracy"] for r in of_cell]
                 cells.append(f"{np.mean(found):.2%}" if found else "")
         table.add_row(str(line), *cells)
     console = Console()

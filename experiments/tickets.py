@@ -17,7 +17,7 @@ import supermask_jax as sm
 from experiments import data, recipe, runner
 from experiments.workdir import Checkpoints, Workdir, read_arrays, read_json, write_arrays, write_json
 from supermask_jax import lottery, models
-from supermask_jax.trees import Tree, by_path, map_with_name, ones_and_sizes
+from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
 STEPS_PER_CALL = 50  # of networks without convolutions, which a CPU runs well inside a loop
@@ -39,13 +39,14 @@ class Network(NamedTuple):
     order: jax.Array  # key of the order of the batches
     first_step: int = 0
     last_step: int | None = None  # the experiment's, if None
+    is_control: bool = False  # then only its record is kept, no weights
 
 
 class Trained(NamedTuple):
     """A finished network."""
 
     record: dict  # {"density", "layers", "curve": {"step": [...], ...}, "train_seconds"}
-    drawn: Tree  # its weights at the step that the next masks are drawn from, or at its last step
+    drawn: Tree | None  # its weights at the step that the next masks are drawn from, or at its last; None of a control
 
 
 class _Progress(NamedTuple):
@@ -108,15 +109,21 @@ class Trainer:
         folder = self._workdir.path / "networks"
         folder.mkdir(exist_ok=True)
         report, arrays = folder / f"{network.name}.json", folder / f"{network.name}.npz"
+        checkpoints = self._workdir.path / "checkpoints" / network.name
         if not report.exists():
-            checkpoints = self._workdir.path / "checkpoints" / network.name
             record, drawn = self._train(network, checkpoints)
-            write_arrays(arrays, by_path(drawn))
+            if not network.is_control:
+                masks = {f"masks/{path}": np.asarray(mask, bool) for path, mask in by_path(network.masks).items()}
+                write_arrays(arrays, {f"weights/{path}": leaf for path, leaf in by_path(drawn).items()} | masks)
             write_json(report, record)  # last: it marks the network as finished
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        record = read_json(report)
+        if network.is_control:
+            return Trained(record, None)
         kept = read_arrays(arrays)
-        drawn = map_with_name(lambda path, leaf: jnp.asarray(kept[path], leaf.dtype), network.weights)
-        return Trained(read_json(report), drawn)
+        return Trained(
+            record, map_with_name(lambda path, leaf: jnp.asarray(kept[f"weights/{path}"], leaf.dtype), network.weights)
+        )
 
     def _train(self, network: Network, checkpoint_dir: Path) -> tuple[dict, Tree]:
         config, first = self._config, network.first_step
@@ -127,7 +134,7 @@ class Trainer:
         subnet = jax.tree.map(jnp.copy, self._subnet(network.weights, network.masks))  # a step gives its state away
         tx = self._with_frozen(network.masks)
         # Copied as well: an optimizer may keep one array in two places, and the same buffer cannot be donated twice.
-        state = jax.tree.map(jnp.copy, sm.init_state(subnet, tx, network.order, learns="weights"))
+        state = jax.tree.map(jnp.copy, sm.init_state(subnet, tx, leaf_key(network.order, "train"), learns="weights"))
         state = state._replace(step=jnp.int32(first))
         drawn = jax.tree.map(jnp.copy, network.weights)
         curve = jnp.full((len(at), len(CURVE)), jnp.nan)

@@ -28,7 +28,7 @@ KEPT_CHECKPOINTS = 2
 
 def default_path(config, name: str) -> Path:
     """runs/<name>/<method>-<dataset>-d<density>-s<seed>-<digest of all settings that bear on the result>."""
-    density = "" if config.method == "dense" else f"-d{config.density:g}"
+    density = f"-d{config.density:g}" if config.density < 1 else ""  # a method that takes none has 1
     return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest(config)}"
 
 

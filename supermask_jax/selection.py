@@ -32,7 +32,7 @@ def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = 
 
     Raises:
       ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match. Under
-        jit values are not known: NaN then ranks highest, and counts are taken as they are.
+        jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are taken as they are.
       TypeError: scores that are not floats of at most 32 bits.
     """
     leaves = by_path(scores)

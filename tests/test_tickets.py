@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
-from experiments import data, lottery, ticket_display, ticket_rounds, ticket_sweeps
+from experiments import data, lottery, style, ticket_display, ticket_rounds, ticket_sweeps
 from experiments.errors import UserError
 from experiments.tickets import Network, Trainer
 from experiments.workdir import read_arrays
 from supermask_jax.lottery import full_masks
 from supermask_jax.trees import by_path
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 FIGURES = ("early_stop_step", "early_stop_test_accuracy", "test_accuracy")
+
+
+@pytest.fixture
+def coarse_pictures(monkeypatch):
+    monkeypatch.setattr(style, "DOTS_PER_INCH", 30)
 
 
 def images(seed=0, n=240):
@@ -72,9 +78,9 @@ class Killed(Exception):
 
 
 def test_interrupted_anywhere_it_ends_the_same_and_trains_nothing_twice(tmp_path, monkeypatch):
-    whole = ticket_rounds.run(config(tmp_path / "whole"), images())
-    broken = config(tmp_path)
-    lines, stops = [], [3, 9, 14]  # evaluations: within the first network, in later ones
+    whole = ticket_rounds.run(config(tmp_path / "whole", rounds=1), images())
+    broken = config(tmp_path, rounds=1)
+    lines, stops = [], [3, 6, 11]  # evaluations: within the first network, in later ones
     step = ticket_display.Display.step
 
     def killed(self, name, at, figures):
@@ -169,7 +175,7 @@ def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
     begins = ticket_rounds._starts(config(tmp_path, kept=kept), jax.random.key(0), start, other)
     for path, mask in by_path(masks).items():
         mask = np.asarray(mask) == 1
-        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins["ticket"](masks))[path])
+        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins("ticket", 1, masks))[path])
         if kept == "rewind":
             assert np.array_equal(new, old)
         elif kept == "reinit":
@@ -180,7 +186,9 @@ def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
             assert np.array_equal(np.sort(new[mask]), np.sort(old[mask]))
         if kept == "signed-constant":
             assert np.array_equal(np.sign(new), np.sign(old)) and np.ptp(np.abs(new[mask])) == 0
-        assert np.array_equal(by_path(begins["random"](masks))[path], old)
+        assert np.array_equal(by_path(begins("random", 1, masks))[path], old)
+        assert np.array_equal(by_path(begins("reinit", 1, masks))[path], by_path(other)[path])
+        assert np.array_equal(by_path(begins("ticket", 0, masks))[path], old)  # masks are drawn from the same network
 
 
 @pytest.mark.parametrize(
@@ -198,11 +206,11 @@ def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
     settings = config(tmp_path, **changes)
     start, final = small(1), small(3)
     masks = full_masks(start)
-    prune = ticket_rounds.make_prune(settings, jax.random.key(0), start)
+    prune = ticket_rounds.make_prune(settings, jax.random.key(0))
     for _ in range(settings.rounds):
-        masks = prune(ticket_rounds.Trained({}, final), masks)
+        masks = prune(ticket_rounds.Pruned(start, ticket_rounds.Trained({}, final)), masks)
     for path, density in expected.items():
-        assert sm.layer_densities(masks)[path] == pytest.approx(density, abs=4e-3)
+        assert sm.layer_densities(masks)[path] == pytest.approx(density, abs=6e-3)
     if settings.scope == "global":
         assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
 
@@ -213,16 +221,38 @@ def test_a_ticket_is_measured_on_the_images_that_it_is_transferred_to(tmp_path):
     alone = ticket_rounds.run(config(tmp_path / "alone", rounds=1, controls=()), images())
     assert summary["dataset"] == "pictures 1"
     assert [r["network"] for r in summary["networks"]] == ["ticket", "ticket"]
-    masks = [read_arrays(tmp_path / f"run/networks/trial0-round{n}-source.npz") for n in (0, 1)]
-    same = [read_arrays(tmp_path / f"alone/run/networks/trial0-round{n}-ticket.npz") for n in (0, 1)]
-    jax.tree.map(np.testing.assert_array_equal, masks, same)  # found where it would be found without transfer
+    sources = [read_arrays(tmp_path / f"run/networks/trial0-round{n}-source.npz") for n in (0, 1)]
+    tickets = [read_arrays(tmp_path / f"alone/run/networks/trial0-round{n}-ticket.npz") for n in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, sources, tickets)  # found where it would be found without transfer
     assert summary["networks"][1]["curve"] != alone["networks"][1]["curve"]
+
+
+def test_the_control_of_pruned_neurons_has_as_many_neurons():
+    masks = full_masks(small(1))
+    masks["Dense_0"]["kernel"] = masks["Dense_0"]["kernel"].at[:, :20].set(0)
+    settings = lottery.Config(unit="neuron")
+    control = ticket_rounds.random_control(settings, jax.random.key(0), 1, masks)
+    kept = np.asarray(control["Dense_0"]["kernel"])
+    assert sorted(np.unique(kept.sum(axis=0), return_counts=True)[1].tolist()) == [20, 30]
+    assert not np.array_equal(kept, masks["Dense_0"]["kernel"]) and np.all(control["Dense_2"]["kernel"] == 1)
+
+
+def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
+    ticket_rounds.run(config(tmp_path, rounds=1), images())
+    files = {file.stem for file in (tmp_path / "run/networks").glob("*.npz")}
+    assert files == {"trial0-round0-ticket", "trial0-round1-ticket"}  # no weights of controls
+    arrays = read_arrays(tmp_path / "run/networks/trial0-round1-ticket.npz")
+    masks = {path: mask for path, mask in arrays.items() if path.startswith("masks/")}
+    assert {path: (mask.dtype, mask.sum()) for path, mask in masks.items()} == {
+        f"masks/Dense_{i}/kernel": (bool, sm.keep_count(rate, size))
+        for i, (rate, size) in enumerate([(0.8, 36 * 300), (0.8, 300 * 100), (0.9, 1000)])
+    }
 
 
 @pytest.mark.parametrize("sweep", ["early", "rewind", "rounds", "criterion"])
 def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep):
     setting, values, label = ticket_sweeps.SWEEPS[sweep]
-    values = (values[0], values[-1] if sweep != "rewind" else 10)
+    values = {"early": (0.4, 1.0), "rewind": (0, 10)}.get(sweep, (values[0], values[-1]))
     monkeypatch.setitem(ticket_sweeps.SWEEPS, sweep, (setting, (2, 1) if sweep == "rounds" else values, label))
     summary = ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())
     rows = summary["rows"]
@@ -232,7 +262,7 @@ def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep
     assert all(row["density"] == pytest.approx(0.1, abs=0.02) for row in rows)  # the output layer loses less
     assert all(set(FIGURES) <= set(row) for row in rows)
     assert ("instability" in rows[0]) == (sweep == "rewind")
-    assert (tmp_path / "run/sweep.png").stat().st_size > 10_000
+    assert (tmp_path / "run/sweep.png").stat().st_size > 2_000
     assert ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
 
 
@@ -274,6 +304,11 @@ def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_wen
         {"seed": -1},
         {"unit": "neuron", "scope": "global"},
         {"unit": "neuron", "pruned": "freeze"},
+        {"unit": "neuron", "rewind_step": 10},
+        {"prune_at": 0.1, "rewind_step": 600},
+        {"schedule": "cosine", "rewind_step": 10},
+        {"kept": "reinit"},
+        {"sweep": "untrained", "pruned": "freeze"},
         {"stability": True, "prune_at": 0.5},
         {"transfer_to": "mnist", "sweep": "early"},
     ],
