@@ -30,6 +30,16 @@ CRITERIA = Literal[
     "random",
 ]
 
+# What the sweep over criteria on untrained weights is about, and nothing else.
+UNTRAINED = {
+    "scope": "layer",
+    "unit": "weight",
+    "kept": "rewind",
+    "pruned": "zero",
+    "rewind_step": 0,
+    "stability": False,
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -171,16 +181,6 @@ class Config:
         ):
             if wrong:
                 raise UserError(says)
-
-
-UNTRAINED = {
-    "scope": "layer",
-    "unit": "weight",
-    "kept": "rewind",
-    "pruned": "zero",
-    "rewind_step": 0,
-    "stability": False,
-}
 
 
 def defaults(preset: str = "short") -> dict:

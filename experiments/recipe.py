@@ -32,8 +32,17 @@ def build_model(config, classes: int):
 
 def draw_weights(config, model, image_shape: tuple[int, ...], key: jax.Array):
     """The model's parameters for images of that shape, its kernels drawn by the initializer that the settings name."""
-    weights = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))["params"]
-    return INITIALIZERS[config.init](key, weights, density=config.density if config.scale_weights else None)
+    density = config.density if config.scale_weights else None
+    return INITIALIZERS[config.init](key, zero_weights(model, image_shape), density=density)
+
+
+def zero_weights(model, image_shape: tuple[int, ...]):
+    """The model's parameters for images of that shape, all 0; only their shapes are asked for, nothing is compiled.
+
+    Kernels are drawn anew in any case, and the biases of the networks here begin at 0.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def make_schedule(config, steps_per_epoch: int) -> optax.Schedule:

@@ -62,22 +62,15 @@ def compared(config, dataset, workdir) -> list[dict]:
     for value in values:
         if setting == "rewind_step" and value >= config.steps:
             continue
-        one = replace(config, **{"density": SWEEP_DENSITY, **_chosen(config), setting: value}, sweep="none")
+        changes = {"rounds": 1, "stability": setting == "rewind_step", setting: value}
+        one = replace(config, sweep="none", density=config.density or SWEEP_DENSITY, **changes)
         one = replace(one, workdir=str(workdir.path / f"{setting}-{value}"))
-        if setting != "rounds":
-            one = replace(one, rounds=1)
-        if setting == "rewind_step":
-            one = replace(one, stability=True)
         one.check()
         summary = ticket_rounds.run(one, dataset)
         last = [record for record in summary["networks"] if record["round"] == one.rounds]
         names = ("trial", "network", "density", *(name for name, _, _ in PANELS), "instability")
         rows += [{"value": value, **{name: r[name] for name in names if name in r}} for r in last]
     return rows
-
-
-def _chosen(config) -> dict:
-    return {"density": config.density} if config.density else {}
 
 
 def untrained(config, dataset, workdir) -> list[dict]:

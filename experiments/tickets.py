@@ -71,8 +71,8 @@ class Trainer:
 
     def __init__(self, config, dataset: data.Dataset, workdir: Workdir, report: Callable):
         self._config, self._workdir, self._report = config, workdir, report
-        model, image = build_model(config, dataset.classes), jnp.zeros((1, *dataset.train_images.shape[1:]))
-        self._blank = jax.jit(model.init)(jax.random.key(0), image)["params"]
+        model = build_model(config, dataset.classes)
+        self._blank = recipe.zero_weights(model, dataset.train_images.shape[1:])
         rest, *held = data.hold_out(dataset, config.validation)
         self._held = runner.Held("validation", *held)
         self._test = runner.Held("test", dataset.test_images, dataset.test_labels)
