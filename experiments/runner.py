@@ -138,12 +138,7 @@ def _train(config, dataset: data.Dataset, held: Held, method: Callable, workdir:
 
     test = evaluate(state.subnet, Held("test", dataset.test_images, dataset.test_labels), samples)
     summary = _summary(config, dataset, workdir, state.subnet, masks, test, seconds, advance.compile_seconds)
-    try:
-        plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
-    except Exception:
-        workdir.finish(summary)  # a picture that fails must not cost the result; an interrupted run draws it later
-        raise
-    workdir.finish(summary)
+    workdir.finish(summary, lambda: plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks))
     return summary
 
 

@@ -51,17 +51,9 @@ def run(config, dataset: Dataset, target: Dataset | None = None) -> dict:
             "config": workdir.config(),
             "data_source": " and ".join(d.source for d in (dataset, target) if d),
         }
-        finish(workdir, summary, lambda: ticket_plots.draw(workdir.path, summary))
+        workdir.finish(summary, lambda: ticket_plots.draw(workdir.path, summary))
     ticket_display.show_summary(summary, workdir.path)
     return summary
-
-
-def finish(workdir: Workdir, summary: dict, draw: Callable[[], None]) -> None:
-    """Draws, and writes the summary whether or not that works: a picture that fails must not cost the result."""
-    try:
-        draw()
-    finally:
-        workdir.finish(summary)
 
 
 def open_workdir(

@@ -47,7 +47,7 @@ def run(config, dataset) -> dict:
             "data_source": dataset.source,
         }
         picture = draw_untrained if config.sweep == "untrained" else draw
-        ticket_rounds.finish(workdir, summary, lambda: save(picture(summary), workdir.path / "sweep.png"))
+        workdir.finish(summary, lambda: save(picture(summary), workdir.path / "sweep.png"))
     show(summary, workdir.path)
     return summary
 

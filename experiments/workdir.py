@@ -9,7 +9,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,16 @@ class Workdir:
             raise UserError(f"{file} is damaged (no {', '.join(sorted(missing))}); move it away to have it made again.")
         return summary
 
-    def finish(self, summary: dict) -> None:
-        """Writes summary.json, the mark of a finished run."""
+    def finish(self, summary: dict, draw: Callable[[], None]) -> None:
+        """Draws the pictures and writes summary.json, the mark of a finished run.
+
+        A picture that fails does not cost the result; a run that is interrupted while it draws does so again.
+        """
+        try:
+            draw()
+        except Exception:
+            write_json(self.path / "summary.json", summary)
+            raise
         write_json(self.path / "summary.json", summary)
 
     def config(self) -> dict:
