@@ -168,19 +168,20 @@ class OurStep:
         import jax.numpy as jnp
 
         import supermask_jax as sm
-        from experiments import methods, mnist, recipe, runner
+        from experiments import driver, methods, mnist, recipe
 
         self.config = mnist.Config(method=method, batch_size=batch, density=STEP_DENSITY, learning_rate=LEARNING_RATE)
         examples, key = len(dataset.train_labels), jax.random.key(0)
         weights = jax.tree.map(jnp.array, weights)  # a copy: the step donates its state
-        task = methods.METHODS[method](self.config, weights, key)
-        loss_fn = recipe.make_loss(recipe.build_model(self.config, dataset.classes), dataset.mean, dataset.std)
+        model = recipe.build_model(self.config, dataset.classes)
+        loss_fn = recipe.make_loss(model, dataset.mean, dataset.std)
         tx = recipe.make_optimizer(self.config, recipe.make_schedule(self.config, max(examples // batch, 1)))
+        task = methods.METHODS[method](methods.Start(self.config, weights, key, tx, model))
         self.step = sm.make_train_step(task.mask_fn, loss_fn, tx, learns=task.learns)
         self.state = sm.init_state(task.subnet, tx, key, learns=task.learns)
-        self.totals = runner.zero_totals()
-        self.advance = runner.Driver(self.step, task.learns, dataset)
-        self._order = runner.epoch_order(key, 0, examples, batch)
+        self.totals = driver.zero_totals()
+        self.advance = driver.Driver(self.step, task.learns, dataset)
+        self._order = driver.epoch_order(key, 0, examples, batch)
         self.steps = max(self.advance.steps_per_call, sizes.examples_per_turn // batch)
         self.steps = min(self.steps, len(self._order[0]))
 
@@ -199,14 +200,14 @@ def compiling_and_memory(ours: dict[int, dict[str, OurStep]], dataset) -> list[d
     """Rows of what one step needs beside its time. To be measured first: a process's peaks only grow."""
     import jax
 
-    from experiments import runner
+    from experiments import driver
 
     steps = {f"{name}, batch {batch}": step for batch, of in ours.items() for name, step in of.items()}
     jax.block_until_ready([step() for step in steps.values()])
     rows = [row("compiling a step", n, "s", s.advance.compile_seconds, "<=", COMPILE_SECONDS) for n, s in steps.items()]
     for name, step in steps.items():
         arguments = step.state, first_batch(dataset, step.config.batch_size)
-        used = runner.compile_for_backend(step.step, arguments, donate=(0,)).memory_analysis()
+        used = driver.compile_for_backend(step.step, arguments, donate=(0,)).memory_analysis()
         total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
         rows.append(row("peak memory", name, "MB", (total - used.alias_size_in_bytes) / 1e6))
     peaks = {
@@ -288,7 +289,7 @@ def time_selection(weights, rounds: int) -> list[dict]:
     import jax.numpy as jnp
 
     import supermask_jax as sm
-    from experiments import runner
+    from experiments import driver
 
     rng = np.random.default_rng(0)
     normal = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape, np.float32)), weights)
@@ -302,7 +303,7 @@ def time_selection(weights, rounds: int) -> list[dict]:
     rows = []
     for (part, part_of), density in itertools.product(parts.items(), SELECTION_DENSITIES):
         mask_fn = sm.edge_popup(density)
-        select = runner.compile_for_backend(lambda s, f=mask_fn: f(s, None), (part_of(normal),))
+        select = driver.compile_for_backend(lambda s, f=mask_fn: f(s, None), (part_of(normal),))
         for kind, scores in kinds.items():
             scores = part_of(scores)
             flat = [np.abs(np.asarray(s)).ravel() for s in jax.tree.leaves(scores)]
@@ -325,11 +326,11 @@ def time_bandwidth(shape: tuple[int, int], rounds: int) -> list[dict]:
     import jax.numpy as jnp
 
     import supermask_jax as sm
-    from experiments import runner
+    from experiments import driver
 
     scores = jax.random.uniform(jax.random.key(0), shape, minval=-1)
     functions = {"selection": lambda s: sm.edge_popup(STEP_DENSITY)(s, None), "copy": jnp.copy}
-    compiled = {name: runner.compile_for_backend(function, (scores,)) for name, function in functions.items()}
+    compiled = {name: driver.compile_for_backend(function, (scores,)) for name, function in functions.items()}
     seconds = interleaved({name: partial(function, scores) for name, function in compiled.items()}, rounds)
     group = f"bandwidth, {scores.nbytes / 1e6:,.0f} MB of scores"
     rates = [row(group, name, "GB/s", 2e-9 * scores.nbytes / times) for name, times in seconds.items()]

@@ -13,11 +13,11 @@ MAX_LAYERS_SHOWN = 12
 
 
 class Display:
-    """A context manager around a run of `steps` steps, of which `done` are behind it."""
+    """A context manager around a run of `steps` steps, of which `done` are behind it. `quiet`: shows nothing."""
 
-    def __init__(self, steps: int, done: int, epochs: int):
-        self.console = Console(file=sys.stdout)
-        self._live = self.console.is_terminal
+    def __init__(self, steps: int, done: int, epochs: int, quiet: bool = False):
+        self.console = Console(file=sys.stdout, quiet=quiet)
+        self._live = self.console.is_terminal and not quiet
         self._steps, self._epochs = steps, epochs
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),

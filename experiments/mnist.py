@@ -2,7 +2,7 @@
 
 With no flags it runs our best recipe, edge-popup on signed constants; `--preset tutorial` reproduces the published
 tutorial; `--method bernoulli` learns how likely each weight is kept; `--method dense` trains the same network's
-weights, for comparison.
+weights, for comparison; the other methods train them under masks.
 """
 
 from dataclasses import dataclass, replace
@@ -11,10 +11,20 @@ from typing import Literal
 from experiments import command_line
 from experiments.errors import UserError
 
+WEIGHTS_LEARN = {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1}
+REWIRED = {**WEIGHTS_LEARN, "distribution": "erk"}
 RECIPES = {
     ("best", "edge-popup"): {"weight_decay": 2e-4, "shift": 1},
-    ("best", "dense"): {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1},
+    ("best", "dense"): WEIGHTS_LEARN,
     ("best", "bernoulli"): {"init": "signed-deviation", "rescale": True, "learning_rate": 200.0, "shift": 1},
+    ("best", "random"): REWIRED,
+    ("best", "magnitude"): {**WEIGHTS_LEARN, "distribution": "global"},
+    ("best", "snip"): {**WEIGHTS_LEARN, "distribution": "global"},
+    ("best", "grasp"): {**WEIGHTS_LEARN, "distribution": "global"},
+    ("best", "synflow"): {**WEIGHTS_LEARN, "distribution": "global"},
+    ("best", "gradual"): {**WEIGHTS_LEARN, "distribution": "global"},
+    ("best", "set"): REWIRED,
+    ("best", "rigl"): REWIRED,
     # simple_mnist_example.py of Ramanujan et al. 2020, with the flags of its tutorial.
     ("tutorial", "edge-popup"): {
         "init": "kaiming-normal",
@@ -42,17 +52,48 @@ FREE_DENSITY = {"bernoulli": "bernoulli learns how many weights it keeps", "dens
 class Config:
     """Find a supermask on MNIST: a subnetwork of a random network, none of whose weights is ever trained."""
 
-    method: Literal["edge-popup", "bernoulli", "dense"] = "edge-popup"
-    """edge-popup learns scores and keeps the highest; bernoulli learns with which probability each weight is kept;
-    dense trains the weights of the same network."""
+    method: Literal[
+        "edge-popup",
+        "bernoulli",
+        "dense",
+        "random",
+        "magnitude",
+        "snip",
+        "grasp",
+        "synflow",
+        "gradual",
+        "set",
+        "rigl",
+    ] = "edge-popup"
+    """Scores learn, weights never: edge-popup keeps the highest; bernoulli learns with which probability each weight is
+    kept. Weights learn: dense, all of them; random, magnitude, snip, grasp and synflow, under masks chosen so before
+    training; gradual prunes the smallest as it trains; set and rigl exchange the smallest for random ones, or for those
+    of the largest gradient."""
     preset: Literal["best", "tutorial", "zhou"] = "best"
     """Our best recipe, the published tutorial (of edge-popup), or Zhou et al.'s published settings (of bernoulli): the
     defaults below are those of the --preset and --method given."""
-    model: Literal["convnet", "lenet-300-100"] = "convnet"
-    """The network; neither has biases here."""
+    model: Literal["convnet", "lenet-300-100", "mlp", "cnn"] = "convnet"
+    """The network, without biases; mlp and cnn are as wide and deep as --width and --depth say."""
+    width: int = 100
+    """Units (mlp) or channels (cnn) of each hidden layer."""
+    depth: int = 2
+    """Hidden layers of mlp and cnn."""
     density: float = 0.5
-    """Fraction of each layer's weights that is kept, in (0, 1]. Dense training, which keeps all, and bernoulli, which
-    learns how many, ignore it."""
+    """Fraction of the weights that is kept, in (0, 1]. Dense training, which keeps all, and bernoulli, which learns how
+    many, ignore it."""
+    distribution: Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "snip", "grasp", "synflow"] = "uniform"
+    """What part of each layer that makes. global: what ranking all layers together gives; uniform: the same of each;
+    uniform+, er, erk, erk+: published rules; snip, grasp, synflow: as much as these would keep there."""
+    unit: Literal["weight", "neuron"] = "weight"
+    """What edge-popup keeps or drops: single weights, or whole neurons and channels of all layers but the last."""
+    rounds: int = 0
+    """In how many rounds snip, grasp, synflow or magnitude prune before training. 0: one, and 100 of synflow."""
+    minimum: int = 0
+    """Weights that ranking all layers together leaves in each at least."""
+    update_every: int = 100
+    """Steps between changes of the masks, until three quarters of training: gradual, set, rigl."""
+    drop_fraction: float = 0.3
+    """What part of the kept weights set and rigl exchange at first; it falls to 0 along a cosine."""
     init: Literal[
         "signed-constant",
         "unsigned-constant",
@@ -90,6 +131,13 @@ class Config:
     """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
+    train_images: int = 0
+    """Train on so many of the training images only, evenly from all classes. 0: on all."""
+    judge: bool = False
+    """Measure more than accuracy: calibration, out-of-distribution detection, adversarial robustness (FGSM, 8/255) and,
+    after each epoch, the gradient's norm over the active weights."""
+    strangers: Literal["none", "mnist", "mnist-5k", "fashion_mnist", "kmnist"] = "none"
+    """With --judge: a second data set, whose images the network should be unsure of, beside Gaussian noise."""
     validation: int = 0
     """Training images to hold out. Then epochs report them, and the test set is measured once, at the end."""
     workdir: str | None = None
@@ -103,6 +151,13 @@ class Config:
             ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
             ("epochs", self.epochs >= 1, "1 or more"),
+            ("width", self.width >= 1, "1 or more"),
+            ("depth", self.depth >= 1, "1 or more"),
+            ("rounds", self.rounds >= 0, "1 or more, or 0 for the usual number"),
+            ("minimum", self.minimum >= 0, "0 or more weights"),
+            ("update_every", self.update_every >= 1, "1 or more steps"),
+            ("drop_fraction", 0 < self.drop_fraction <= 1, "the part of the kept weights, in (0, 1]"),
+            ("train_images", self.train_images >= 0, "0 (all) or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"),
             ("validation", self.validation >= 0, "0 or more images"),
@@ -114,11 +169,20 @@ class Config:
             if not valid:
                 raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
         if self.dropout and self.model != "convnet":
-            raise UserError("Dropout is the convnet's, LeNet-300-100 was published without: say --no-dropout.")
+            raise UserError(f"Dropout is the convnet's, {self.model} was published without: say --no-dropout.")
         if self.scale_weights and self.method in FREE_DENSITY:
             raise UserError(f"--scale-weights scales by --density, and {FREE_DENSITY[self.method]}.")
         if self.rescale and self.method != "bernoulli":
             raise UserError(f"--rescale is for --method bernoulli; {self.method} has no use for it.")
+        if self.unit == "neuron" and (self.method != "edge-popup" or self.distribution != "uniform"):
+            raise UserError("--unit neuron is for --method edge-popup and --distribution uniform.")
+        if self.distribution == "global" and self.method in ("edge-popup", "set", "rigl"):
+            valid = "uniform, uniform+, er, erk, erk+, snip, grasp, synflow"
+            raise UserError(f"{self.method} needs a --distribution that says what part of each layer: {valid}.")
+        if self.minimum and self.distribution not in ("global", "snip", "grasp", "synflow"):
+            raise UserError(f"--minimum is for layers ranked together; --distribution {self.distribution} ranks each.")
+        if self.strangers != "none" and not self.judge:
+            raise UserError("--strangers are what a network is judged on: add --judge.")
 
 
 def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
@@ -135,12 +199,18 @@ def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
 
 def main(config: Config) -> dict:
     """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
-    from experiments import data, methods, runner  # here, so that --help answers at once
+    from experiments import data, runner  # here, so that --help answers at once
 
     dataset = data.load(config.dataset, config.data_dir)
-    density = 1.0 if config.method in FREE_DENSITY else config.density  # one run, one name for its directory
-    config = replace(config, dataset=dataset.name, density=density)
-    return runner.fit(config, dataset, methods.METHODS[config.method], name="mnist")
+    strangers = data.load(config.strangers, config.data_dir) if config.strangers != "none" else None
+    return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=strangers)
+
+
+def settled(config: Config, dataset: str) -> Config:
+    """The settings with the name of the images found; those that the method ignores all alike, so that one run has one
+    name for its directory."""
+    free = {"density": 1.0, "distribution": "uniform"} if config.method in FREE_DENSITY else {}
+    return replace(config, dataset=dataset, **free)
 
 
 if __name__ == "__main__":

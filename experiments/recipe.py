@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.driver import compiling
 from supermask_jax import initializers, models
 
 
@@ -21,19 +22,50 @@ INITIALIZERS = {
     "signed-deviation": _signed_deviation,
 }
 
+ON_HOST = ("kaiming-normal", "glorot-normal", "signed-deviation")  # these compute with values
+
 
 def build_model(config, classes: int):
     """The Flax module that the settings name, without biases."""
-    if config.model == "lenet-300-100":
-        return models.LeNet300100(classes, use_bias=False)
+    match config.model:
+        case "lenet-300-100":
+            return models.LeNet300100(classes, use_bias=False)
+        case "mlp":
+            return models.MLP(classes, use_bias=False, hidden=(config.width,) * config.depth)
+        case "cnn":
+            return models.ConvNet(classes, channels=(config.width,) * config.depth)
     rates = {"channel_dropout": 0.25, "dropout": 0.5} if config.dropout else {}
     return models.MnistConvNet(classes, **rates)
+
+
+def end_layers(config) -> tuple[str, str]:
+    """The paths of the first and the last kernel of the network that the settings name."""
+    match config.model:
+        case "lenet-300-100":
+            return "Dense_0/kernel", "Dense_2/kernel"
+        case "mlp":
+            return "Dense_0/kernel", f"Dense_{config.depth}/kernel"
+        case "cnn":
+            return "Conv_0/kernel", "Dense_0/kernel"
+    return "Conv_0/kernel", "Dense_1/kernel"
+
+
+def steps_per_call(config) -> int | None:
+    """How many steps to compile into one call; None for the backend's own number.
+
+    A CPU runs networks without convolutions well inside a loop.
+    """
+    return 50 if config.model in ("lenet-300-100", "mlp") else None
 
 
 def draw_weights(config, model, image_shape: tuple[int, ...], key: jax.Array):
     """The model's parameters for images of that shape, its kernels drawn by the initializer that the settings name."""
     density = config.density if config.scale_weights else None
-    return INITIALIZERS[config.init](key, zero_weights(model, image_shape), density=density)
+
+    def draw(key):
+        return INITIALIZERS[config.init](key, zero_weights(model, image_shape), density=density)
+
+    return draw(key) if config.init in ON_HOST else compiling(draw)(key)
 
 
 def zero_weights(model, image_shape: tuple[int, ...]):
@@ -61,11 +93,11 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
 
 
-def make_loss(model, mean: float, std: float, shift: int = 0):
+def make_loss(model, mean: float, std: float, shift: int = 0, temperature: float = 1.0):
     """loss_fn of a batch {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}.
 
     The loss is the weighted mean cross-entropy; the metrics are weighted sums: "correct" and "count". Each image is
-    first moved at random by up to `shift` pixels.
+    first moved at random by up to `shift` pixels; logits are divided by the temperature.
     """
 
     def loss_fn(params, model_state, batch, key):
@@ -73,7 +105,7 @@ def make_loss(model, mean: float, std: float, shift: int = 0):
         images = random_shift(shift_key, batch["image"], shift) if shift else batch["image"]
         images = normalise(images, mean, std)
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-        losses, hits = losses_and_hits(logits, batch["label"])
+        losses, hits = losses_and_hits(logits / temperature, batch["label"])
         count = jnp.sum(batch["weight"])
         loss = jnp.sum(losses * batch["weight"]) / count
         return loss, (model_state, {"correct": jnp.sum(hits * batch["weight"]), "count": count})
@@ -94,6 +126,6 @@ def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ja
     return losses, jnp.argmax(logits, axis=-1) == labels
 
 
-def normalise(images: jax.Array, mean: float, std: float) -> jax.Array:
-    """uint8 images as floats, scaled to [0, 1], then by the data set's mean and deviation."""
-    return (images.astype(jnp.float32) / 255 - mean) / std
+def normalise(images: jax.Array, mean: float, std: float, white: float = 255) -> jax.Array:
+    """Images as floats, scaled to [0, 1] from [0, white], then by the data set's mean and deviation."""
+    return (images.astype(jnp.float32) / white - mean) / std

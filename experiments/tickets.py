@@ -14,13 +14,15 @@ import numpy as np
 import optax
 
 import supermask_jax as sm
-from experiments import data, recipe, runner
+from experiments import data, recipe
+from experiments.driver import Driver, epoch_order, zero_totals
+from experiments.evaluation import Evaluator, Held
+from experiments.runner import stop_if_not_finite
 from experiments.workdir import Checkpoints, Workdir, read_arrays, read_json, write_arrays, write_json
 from supermask_jax import lottery, models
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
-STEPS_PER_CALL = 50  # of networks without convolutions, which a CPU runs well inside a loop
 
 
 def build_model(config, classes: int):
@@ -74,8 +76,8 @@ class Trainer:
         model = build_model(config, dataset.classes)
         self._blank = recipe.zero_weights(model, dataset.train_images.shape[1:])
         rest, *held = data.hold_out(dataset, config.validation)
-        self._held = runner.Held("validation", *held)
-        self._test = runner.Held("test", dataset.test_images, dataset.test_labels)
+        self._held = Held("validation", *held)
+        self._test = Held("test", dataset.test_images, dataset.test_labels)
         self._examples = len(rest.train_labels)
         decay = optax.cosine_decay_schedule(config.learning_rate, config.steps)
         schedule = decay if config.schedule == "cosine" else optax.constant_schedule(config.learning_rate)
@@ -83,10 +85,9 @@ class Trainer:
         loss_fn = recipe.make_loss(model, rest.mean, rest.std)
         # The masks are in the optimizer's state or in the scores, never in the step: one compilation serves them all.
         tx = self._with_frozen(lottery.full_masks(self._blank))
-        self._advance = runner.Driver(sm.make_train_step(sm.identity, loss_fn, tx, learns="weights"), "weights", rest)
-        if config.model == "lenet-300-100":
-            self._advance.steps_per_call = STEPS_PER_CALL
-        self._evaluate = runner.make_evaluate(sm.identity, model, rest)
+        step = sm.make_train_step(sm.identity, loss_fn, tx, learns="weights")
+        self._advance = Driver(step, "weights", rest, recipe.steps_per_call(config))
+        self._evaluator = Evaluator(sm.identity, sm.identity, model, rest)
         self._orders = {}
 
     @property
@@ -99,10 +100,7 @@ class Trainer:
 
     def evaluate(self, weights: Tree, masks: Tree) -> dict[str, float]:
         """The figures of `CURVE` for a network as it is."""
-        figures = {}
-        for held in (self._held, self._test):
-            figures |= self._evaluate(self._subnet(weights, masks), held)
-        return {name: figures[name] for name in CURVE}
+        return dict(zip(CURVE, self._row(self._subnet(weights, masks)), strict=True))
 
     def train(self, network: Network) -> Trained:
         """Trains a network to its last step, or goes on with it, or reads a finished one."""
@@ -138,7 +136,7 @@ class Trainer:
         state = state._replace(step=jnp.int32(first))
         drawn = jax.tree.map(jnp.copy, network.weights)
         curve = jnp.full((len(at), len(CURVE)), jnp.nan)
-        start = _Progress(state, runner.zero_totals(), drawn, curve, jnp.float32(0))
+        start = _Progress(state, zero_totals(), drawn, curve, jnp.float32(0))
         with Checkpoints(checkpoint_dir) as checkpoints:
             step, (state, totals, drawn, curve, seconds) = checkpoints.restore(start) or (first, start)
             curve, seconds = np.array(curve), float(seconds)
@@ -154,7 +152,7 @@ class Trainer:
                 order = self._order(network.order, epoch)
                 state, totals, elapsed = self._advance(state, totals, order, step - begins, stop - begins)
                 step, seconds = stop, seconds + elapsed
-                runner.stop_if_not_finite(int(totals["bad_step"]), self._workdir)
+                stop_if_not_finite(int(totals["bad_step"]), self._workdir)
                 if step == draw_at:
                     drawn = jax.tree.map(jnp.copy, state.subnet.weights)
                 if step in at:
@@ -174,14 +172,15 @@ class Trainer:
         return record, drawn
 
     def _row(self, subnet: sm.Subnet) -> list[float]:
-        figures = self._evaluate(subnet, self._held) | self._evaluate(subnet, self._test)
+        _, params = self._evaluator.found(subnet)
+        figures = self._evaluator.figures(params, self._held) | self._evaluator.figures(params, self._test)
         return [figures[name] for name in CURVE]
 
     def _order(self, key: jax.Array, epoch: int):
         """The order of the batches; the last one made is remembered, because the next call most often wants it."""
         name = (*jax.random.key_data(key).tolist(), epoch)
         if name not in self._orders:
-            self._orders = {name: runner.epoch_order(key, epoch, self._examples, self._config.batch_size)}
+            self._orders = {name: epoch_order(key, epoch, self._examples, self._config.batch_size)}
         return self._orders[name]
 
     def _subnet(self, weights: Tree, masks: Tree) -> sm.Subnet:

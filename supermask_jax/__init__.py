@@ -1,6 +1,6 @@
 """Find the networks that are hidden inside networks: masks and scores as pytrees beside frozen weights."""
 
-from supermask_jax import initializers, lottery, models, saliency
+from supermask_jax import construction, densities, dynamic, initializers, lottery, metrics, models, saliency
 from supermask_jax.densities import keep_count
 from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
 from supermask_jax.selection import (
@@ -30,7 +30,10 @@ __all__ = [
     "Subnet",
     "TrainState",
     "bernoulli",
+    "construction",
+    "densities",
     "density",
+    "dynamic",
     "edge_popup",
     "equinox_fan_in",
     "equinox_fan_out",
@@ -48,6 +51,7 @@ __all__ = [
     "layerwise_masks",
     "lottery",
     "make_train_step",
+    "metrics",
     "models",
     "n_m_masks",
     "random_masks",

@@ -1,7 +1,16 @@
-"""How many weights a density keeps. Host arithmetic, exact; no JAX."""
+"""How many weights a density keeps, and how layers share one. Host arithmetic, exact; no JAX.
+
+The layer densities are for random pruning: `random_masks` takes them. `shapes` is {path: shape} of the prunable leaves,
+as `trees.prunable` makes it, in Flax layouts: (height, width, in, out) and (in, out).
+"""
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+UNIFORM_PLUS_LAST = Fraction(1, 5)  # the density below which uniform_plus does not let the last layer fall
 
 
 def keep_count(density, n: int) -> int:
@@ -32,3 +41,147 @@ def exact(density) -> Fraction:
     if value is None or not 0 <= value <= 1:
         raise ValueError(f"density must be a number in [0, 1] (the fraction kept), got {density!r}")
     return value
+
+
+def uniform(shapes: Shapes, density: float) -> dict[str, float]:
+    """{path: density}: the same fraction kept in every layer. ValueError for a density outside [0, 1]."""
+    return dict.fromkeys(_sizes(shapes), float(exact(density)))
+
+
+def uniform_plus(shapes: Shapes, density: float, first: str, last: str) -> dict[str, float]:
+    """{path: fraction kept}: the first layer dense, the last at a fifth or more, the others alike.
+
+    As in the released code: of N weights, at a density below 1/5 the last layer keeps a fifth and the others
+    (density * N - size of first - size of last / 5) / N; from 1/5 on all but the first keep `density`. So `overall` is
+    near the density asked for and not equal to it: a little below it in the first case; above it in the second, by
+    more the larger the first layer is.
+
+    Args:
+      shapes: {path: shape} of the layers.
+      density: fraction kept, in [0, 1], about.
+      first: the path of the layer that reads the input.
+      last: the path of the layer that makes the logits.
+
+    Raises:
+      ValueError: the first and last layer alone keep more than the density (the message says what is feasible), a path
+        that is not there, or a density out of range.
+
+    Source: Liu et al. 2022, section 3 (uniform+), and its released code, which prunes the others whole, silently, where
+    this raises; first used by Gale et al. 2019.
+    """
+    sizes, kept = _sizes(shapes), exact(density)
+    total = sum(sizes.values())
+    _check_path("first", first, shapes)
+    _check_path("last", last, shapes)
+    if first == last:
+        raise ValueError(f"the first and the last layer must be two layers, got {first!r} for both")
+    at_last, others = kept, kept
+    if kept < UNIFORM_PLUS_LAST:
+        ends = sizes[first] + UNIFORM_PLUS_LAST * sizes[last]
+        at_last, others = UNIFORM_PLUS_LAST, kept - ends / total
+        if others < 0:
+            lowest = _rounded_up(min(ends / total, UNIFORM_PLUS_LAST))
+            raise ValueError(
+                f"{first!r} dense and a fifth of {last!r} keep more than {density} of all weights: "
+                f"the density must be at least {lowest}"
+            )
+    return {path: float({first: 1, last: at_last}.get(path, others)) for path in sizes}
+
+
+def er(shapes: Shapes, density: float) -> dict[str, float]:
+    """{path: fraction kept}, Erdos-Renyi: in proportion to (in + out) / (in * out). `overall` is `density`.
+
+    in and out are the last two axes; the others (a convolution's height and width) do not count. A layer whose share
+    would pass 1 is made dense, and what is left is shared by the rest.
+
+    Raises:
+      ValueError: a density outside [0, 1], no layer, or a layer without weights.
+
+    Source: Mocanu et al. 2018 (SET); for convolutions, and for layers that would pass 1, the released code of Liu et
+    al. 2022.
+    """
+    links = {path: int(sum(shape[-2:]) * math.prod(shape[:-2])) for path, shape in shapes.items()}
+    return _shared(links, _sizes(shapes), exact(density))
+
+
+def erk(shapes: Shapes, density: float) -> dict[str, float]:
+    """{path: fraction kept}, Erdos-Renyi-Kernel: in proportion to the sum of all axes / their product.
+
+    For a convolution (height + width + in + out) / (height * width * in * out). Everything else as in `er`.
+
+    Source: Evci et al. 2020 (RigL), section 3, part 1, and its released code.
+    """
+    return _shared({path: int(sum(shape)) for path, shape in shapes.items()}, _sizes(shapes), exact(density))
+
+
+def erk_plus(shapes: Shapes, density: float, last: str, last_density: float = 1.0) -> dict[str, float]:
+    """{path: fraction kept}: `last_density` in the last layer, `erk` in the others. `overall` is `density`.
+
+    Args:
+      shapes: {path: shape} of the layers.
+      density: fraction kept of all layers together, in [0, 1].
+      last: the path of the layer that makes the logits.
+      last_density: fraction kept in it, in [0, 1].
+
+    Raises:
+      ValueError: the last layer alone keeps more than the density, or even dense others would not reach it (the message
+        says what is feasible); a path that is not there; a density out of range.
+
+    Source: Liu et al. 2022, section 3 (ERK+), and its released code, which prunes the other layers whole, silently,
+    where this raises.
+    """
+    sizes, kept, at_last = _sizes(shapes), exact(density), exact(last_density)
+    _check_path("last", last, shapes)
+    total, others = sum(sizes.values()), {path: shape for path, shape in shapes.items() if path != last}
+    left = kept * total - at_last * sizes[last]
+    if not 0 <= left <= total - sizes[last]:
+        lowest = at_last * sizes[last] / total
+        highest = 1 - (1 - at_last) * sizes[last] / total
+        raise ValueError(
+            f"with {last_density} of {last!r} kept, the density must be at least {_rounded_up(lowest)} and at most "
+            f"{round(1 - _rounded_up(1 - highest), 6)}, got {density}"
+        )
+    shared = erk(others, left / (total - sizes[last])) if others else {}
+    return {path: shared.get(path, float(at_last)) for path in sizes}
+
+
+def overall(shapes: Shapes, densities: Mapping[str, float]) -> float:
+    """The fraction kept of all layers together, for `densities` of {path: fraction kept}.
+
+    Masks keep `keep_count` of each layer, up to one weight more. ValueError unless both name the same paths.
+    """
+    sizes = _sizes(shapes)
+    if set(densities) != set(sizes):
+        raise ValueError(f"densities must name the layers {', '.join(sizes)}; got {', '.join(densities) or '(none)'}")
+    return float(sum(exact(densities[path]) * size for path, size in sizes.items()) / sum(sizes.values()))
+
+
+def _shared(links: dict[str, int], sizes: dict[str, int], density: Fraction) -> dict[str, float]:
+    """{path: epsilon * links / size}, at most 1, where epsilon makes the fraction of all weights `density`."""
+    rest = set(sizes)
+    while True:
+        left = density * sum(sizes.values()) - sum(size for path, size in sizes.items() if path not in rest)
+        epsilon = left / sum(links[path] for path in rest)
+        over = {path for path in rest if epsilon * links[path] > sizes[path]}
+        if not over:  # what goes over stays over: epsilon only grows
+            return {path: float(epsilon * links[path] / sizes[path]) if path in rest else 1.0 for path in sizes}
+        rest -= over
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    if not shapes:
+        raise ValueError("there is no layer to give a density to")
+    for path, shape in shapes.items():
+        if not shape or min(shape) < 1:
+            raise ValueError(f"{path!r} has the shape {tuple(shape)}: a layer has an axis, and weights")
+    return {path: math.prod(int(size) for size in shape) for path, shape in shapes.items()}
+
+
+def _check_path(what: str, path: str, shapes: Shapes) -> None:
+    if path not in shapes:
+        raise ValueError(f"{what}={path!r} is not the path of a layer; there are: {', '.join(shapes)}")
+
+
+def _rounded_up(value: Fraction) -> float:
+    """To six decimals, so that a feasible density that a message names is one."""
+    return math.ceil(value * 10**6) / 10**6

@@ -1,14 +1,19 @@
-"""Scores that say which weights to keep, computed from weights: higher = kept. The selection makes masks of them.
+"""Scores that say which weights to keep: higher = kept. The selection makes masks of them.
 
-The mask criteria of Zhou et al. 2019 compare a layer's `initial` weights with its `final` ones.
+At initialisation, `snip` and `grasp` look at the loss, `synflow` at the weights alone; `iterative` makes masks of such
+scores in rounds. The mask criteria of Zhou et al. 2019 compare a layer's `initial` weights with its `final` ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, prunable
+from supermask_jax import trees
+from supermask_jax.rounds import check_ranking, iterative, known
+from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, leaf_key, map_with_name, prunable
+
+__all__ = ["CRITERIA", "RANKED", "criterion", "grasp", "iterative", "magnitude", "snip", "synflow"]
 
 
 def magnitude(weights: Tree, where: Where = is_kernel) -> Tree:
@@ -25,6 +30,170 @@ def magnitude(weights: Tree, where: Where = is_kernel) -> Tree:
     """
     shapes = prunable(weights, where)
     return map_with_name(lambda path, leaf: jnp.abs(leaf) if path in shapes else None, weights)
+
+
+def snip(
+    loss_fn: Callable,
+    weights: Tree,
+    batch: Tree,
+    *,
+    masks: Tree | None = None,
+    model_state: Tree = None,
+    key: jax.Array | None = None,
+    where: Where = is_kernel,
+) -> Tree:
+    """Scores abs(dL/dm) = abs(w * dL/d(w * m)) at mask m = 1: to first order, what pruning a weight does to the loss.
+
+    Not normalised: the published division by their sum ranks the same. The published code also draws the weights anew
+    before it scores them; here those given are scored. Works under `jax.jit`, and is fast there.
+
+    Args:
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), as for training.
+      weights: every parameter, at its initial value.
+      batch: one batch, large enough to show every class.
+      masks: score the subnetwork weights * masks, and 0 what they prune; None: the dense network.
+      model_state, key: what `loss_fn` is to be given.
+      where: (path, leaf) -> whether the leaf is prunable.
+
+    Returns:
+      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or `masks` are not 0/1 or do not fit the leaves that it chooses.
+      TypeError: it chooses a leaf that is not of floats.
+
+    Source: Lee et al. 2019, section 4.1.
+    """
+    kernels, params = _network(weights, masks, where)
+    slopes, _ = jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)
+    return _like(weights, {path: jnp.abs(kernel * slopes[path]) for path, kernel in kernels.items()})
+
+
+def grasp(
+    loss_fn: Callable,
+    weights: Tree,
+    batches: Iterable[Tree],
+    *,
+    masks: Tree | None = None,
+    model_state: Tree = None,
+    key: jax.Array | None = None,
+    where: Where = is_kernel,
+) -> Tree:
+    """Scores w * Hg: to first order, what half the squared norm of the gradient loses when a weight is pruned.
+
+    g and H are the gradient and the Hessian in the prunable weights of the sum of all batches' losses. Each batch is
+    seen twice, and no Hessian is made. The published score is -w * Hg, divided by the size of its sum, and its highest
+    are removed: the same ranking. Its loss divides the logits by a temperature of 200: that belongs in `loss_fn`; and
+    its batches show every class equally often.
+
+    Args:
+      batches: a list of batches; each is scored with the same `model_state` and `key`.
+
+    Everything else is as in `snip`; ValueError also for no batch, or for a mapping, which is a single one.
+
+    Source: Wang et al. 2020, section 4, algorithms 1 and 2.
+    """
+    if isinstance(batches, Mapping):
+        raise ValueError("batches must be a list of batches; put a single one in a list")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there is no batch to score the weights on")
+    kernels, params = _network(weights, masks, where)
+
+    def gradient(kernels: dict, batch: Tree) -> dict:
+        return jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)[0]
+
+    def total(trees: list[dict]) -> dict:
+        return jax.tree.map(lambda *leaves: sum(leaves), *trees)
+
+    flow = total([gradient(kernels, batch) for batch in batches])
+    curved = total([jax.jvp(lambda k, b=batch: gradient(k, b), (kernels,), (flow,))[1] for batch in batches])
+    return _like(weights, {path: kernel * curved[path] for path, kernel in kernels.items()})
+
+
+def synflow(
+    apply_fn: Callable[[Tree, Tree, jax.Array], jax.Array],
+    weights: Tree,
+    input_shape: tuple[int, ...],
+    *,
+    masks: Tree | None = None,
+    model_state: Tree = None,
+    where: Where = is_kernel,
+) -> Tree:
+    """Scores abs(w) * dR/dabs(w): the flow through each weight. R is the sum of the outputs for an input of ones.
+
+    R is of the network with every floating number in `weights` and `model_state` replaced by its magnitude: no data
+    is needed. Made for `iterative`, with 100 rounds.
+
+    Each kernel is divided by a constant, its mean inflow: the published product of all layers, in float64, overflows
+    float32 in deep networks. In a chain of layers with biases and running means of 0, as at initialisation, that
+    multiplies all scores by one positive number, and the ranking is the published one. Where paths of different
+    length meet (skip connections, biases) they weigh differently against each other, and the ranking is another.
+
+    Args:
+      apply_fn: apply_fn(params, model_state, inputs) -> outputs, the logits, in evaluation mode: with the running
+        statistics of BatchNorm, and no dropout.
+      weights: every parameter, at its initial value.
+      input_shape: of one example, without the batch axis: (28, 28, 1). The input is ones [1, *input_shape].
+
+    Everything else is as in `snip`; ValueError also when every score is 0 because nothing flows from the inputs to
+    the outputs, or one is not finite (not under jit, where values are not known; `iterative` sees them).
+
+    Source: Tanaka et al. 2020, section 6 and its released code.
+    """
+    kernels, params = _network(jax.tree.map(_absolute, weights), masks, where)
+    kept = by_path(params(kernels))
+    kernels = {path: _unit_inflow(kept[path]) for path in kernels}
+    ones = jnp.ones((1, *input_shape), jnp.result_type(*kernels.values()))
+    state = jax.tree.map(_absolute, model_state)
+    slopes = jax.grad(lambda k: jnp.sum(apply_fn(params(k), state, ones)))(kernels)
+    scores = {path: kernel * slopes[path] for path, kernel in kernels.items()}
+    check_ranking(scores, "no path from the inputs to the outputs is left")
+    return _like(weights, scores)
+
+
+def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[dict[str, jax.Array], Callable[[dict], Tree]]:
+    """The prunable leaves, {path: weight}, and the function that puts such leaves under the masks into all parameters.
+
+    A gradient through that function is 0 at what the masks prune.
+    """
+    leaves = by_path(weights)
+    kernels = {path: jnp.asarray(leaves[path]) for path in prunable(weights, where)}
+    for path, kernel in kernels.items():
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise TypeError(f"only floats are prunable; {path!r} has {kernel.dtype}")
+    if masks is not None:
+        for path, mask in trees.per_path(by_path(masks), kernels).items():
+            if mask.shape != kernels[path].shape:
+                raise ValueError(f"the mask of {path!r} has shape {mask.shape}, its weights {kernels[path].shape}")
+        if known(masks):
+            trees.ones_and_sizes(masks)  # raises on anything but 0 and 1
+
+    def params(kernels: dict[str, jax.Array]) -> Tree:
+        whole = map_with_name(lambda path, leaf: kernels.get(path, leaf), weights)
+        return whole if masks is None else apply_masks(whole, masks)
+
+    return kernels, params
+
+
+def _like(weights: Tree, scores: Mapping[str, jax.Array]) -> Tree:
+    return map_with_name(lambda path, leaf: scores.get(path), weights)
+
+
+def _absolute(leaf: jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return jnp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _unit_inflow(kernel: jax.Array) -> jax.Array:
+    """[..., out] divided by the mean of what flows into each output, weighted by the same.
+
+    Weighted, because with most outputs pruned all meets in a few, and divided by a plain mean it overflows again.
+    """
+    inflow = jnp.sum(kernel, axis=tuple(range(kernel.ndim - 1)), dtype=jnp.float32)
+    total = jnp.sum(inflow)
+    mean = jnp.sum(inflow * (inflow / jnp.where(total > 0, total, 1)))
+    return kernel / jnp.where(mean > 0, mean, 1).astype(kernel.dtype)
 
 
 def _large_final(initial: jax.Array, final: jax.Array) -> jax.Array:

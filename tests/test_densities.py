@@ -1,16 +1,20 @@
-"""A density becomes a count in one place, exactly, on the decimal that was written."""
+"""A density becomes a count in one place, exactly, on the decimal that was written; how layers share a density."""
 
 import json
 import math
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import supermask_jax as sm
+from supermask_jax import densities
+from supermask_jax.trees import prunable
 
 COUNTS = json.loads((Path(__file__).parent / "golden" / "a_getsubnet_counts.json").read_text())
 
@@ -121,3 +125,123 @@ def test_our_count_differs_from_hidden_networks_where_double_precision_slips_and
 def test_the_golden_table_holds_densities_on_both_sides_of_a_half():
     assert len(COUNTS["rows"]) == 870
     assert {0.0, 0.01, 0.3, 0.7, 1.0} <= {k for _, k, _ in COUNTS["rows"]}
+
+
+# A small convolutional network: sizes 27, 432, 768 and 160; 1387 together.
+SHAPES = {"conv1": (3, 3, 1, 3), "conv2": (3, 3, 3, 16), "dense": (16, 48), "out": (16, 10)}
+RULES = {
+    "uniform": densities.uniform,
+    "uniform_plus": partial(densities.uniform_plus, first="conv1", last="out"),
+    "er": densities.er,
+    "erk": densities.erk,
+    "erk_plus": partial(densities.erk_plus, last="out"),
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def test_er_and_erk_are_the_sums_of_the_axes_over_their_products():
+    shapes = {"conv": (2, 2, 4, 6), "dense": (10, 12)}  # sizes 96 and 120
+    er, erk = densities.er(shapes, 0.3), densities.erk(shapes, 0.3)
+    assert er == pytest.approx({"conv": 64.8 * (10 / 24) / 62, "dense": 64.8 * (22 / 120) / 62})  # 96 * 10/24 + 22
+    assert erk == pytest.approx({"conv": 64.8 * (14 / 96) / 36, "dense": 64.8 * (22 / 120) / 36})  # 14 + 22
+    assert densities.er({"bias": (4,), **shapes}, 0.0) == {"bias": 0.0, "conv": 0.0, "dense": 0.0}
+
+
+def test_a_layer_that_would_pass_1_is_dense_and_the_rest_makes_up_for_it():
+    shapes = {"thin": (1, 10), "wide": (10, 10), "wider": (10, 40)}  # sums 11, 20, 50; sizes 10, 100, 400
+    assert 0.7 * 510 * 11 / 81 > 10  # so thin is dense, and 347 are left for sums of 70
+    assert 347 * 20 / 70 < 100
+    assert densities.erk(shapes, 0.7) == pytest.approx({"thin": 1, "wide": 347 * 20 / 7000, "wider": 347 * 50 / 28000})
+    at_09 = densities.erk(shapes, 0.9)  # 449 * 20 / 70 passes 100 as well
+    assert at_09 == pytest.approx({"thin": 1, "wide": 1, "wider": 349 / 400})
+
+
+@pytest.mark.parametrize("density", (0, 0.01, 0.3, 0.7, 0.999, 1))
+@pytest.mark.parametrize("name", ("uniform", "er", "erk"))
+def test_all_layers_together_keep_the_density(name, density):
+    shares = RULES[name](SHAPES, density)
+    assert list(shares) == list(SHAPES) and all(0 <= share <= 1 for share in shares.values())
+    assert densities.overall(SHAPES, shares) == pytest.approx(density, rel=1e-12)
+    if density in (0, 1):
+        assert shares == dict.fromkeys(SHAPES, density)
+
+
+def test_no_floating_point_slip_makes_a_layer_keep_a_weight_too_many():
+    shapes = {"a": (10, 20), "b": (20, 10)}
+    assert densities.er(shapes, 0.3) == {"a": 0.3, "b": 0.3}
+    assert densities.uniform(shapes, np.float32(0.1)) == {"a": 0.1, "b": 0.1}
+
+
+def test_uniform_plus_keeps_the_first_layer_dense_and_a_fifth_of_the_last():
+    shares = densities.uniform_plus(SHAPES, 0.1, first="conv1", last="out")
+    others = (138.7 - 27 - 32) / 1387
+    assert shares == pytest.approx({"conv1": 1, "conv2": others, "dense": others, "out": 0.2})
+    assert 0.08 < densities.overall(SHAPES, shares) < 0.1
+    shares = densities.uniform_plus(SHAPES, 0.3, first="conv1", last="out")
+    assert shares == {"conv1": 1, "conv2": 0.3, "dense": 0.3, "out": 0.3}
+    assert densities.overall(SHAPES, shares) == pytest.approx(0.3 + 0.7 * 27 / 1387)
+    assert set(densities.uniform_plus(SHAPES, 1, first="conv1", last="out").values()) == {1.0}
+
+
+def test_erk_plus_is_erk_beside_the_last_layer():
+    for density, last_density in ((0.3, 1.0), (0.3, 0.7), (0.7, 0.3)):
+        shares = densities.erk_plus(SHAPES, density, "out", last_density)
+        assert shares.pop("out") == last_density
+        others = {path: SHAPES[path] for path in shares}
+        assert shares == densities.erk(
+            others, (Fraction(str(density)) * 1387 - Fraction(str(last_density)) * 160) / 1227
+        )
+        whole = densities.overall(SHAPES, {**shares, "out": last_density})
+        assert whole == pytest.approx(density, rel=1e-12)
+    assert densities.erk_plus({"out": (4, 5)}, 0.3, "out", 0.3) == {"out": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("rule", "bound", "named", "infeasible"),
+    [
+        (RULES["erk_plus"], "least", 0.115357, 0.1),  # 160 / 1387
+        (partial(RULES["erk_plus"], last_density=0.3), "most", 0.919250, 0.95),  # 1 - 0.7 * 160 / 1387
+        (RULES["uniform_plus"], "least", 0.042538, 0),  # (27 + 32) / 1387
+        (partial(densities.uniform_plus, first="dense", last="out"), "least", 0.2, 0.19),  # 800 / 1387 passes a fifth
+    ],
+    ids=("erk_plus", "erk_plus_above", "uniform_plus", "uniform_plus_big_first"),
+)
+def test_what_the_ends_alone_pass_is_refused_and_the_density_that_is_named_is_feasible(rule, bound, named, infeasible):
+    for density in (infeasible, named - 2e-6 if bound == "least" else named + 2e-6):
+        with pytest.raises(ValueError, match=f"at {bound} {named}"):
+            rule(SHAPES, density)
+    assert all(0 <= share <= 1 for share in rule(SHAPES, named).values())
+
+
+@each_rule
+def test_densities_out_of_range_and_layers_without_weights_are_refused(rule):
+    for density in (-0.1, 1.1, float("nan"), True):
+        with pytest.raises(ValueError, match="density must be a number"):
+            rule(SHAPES, density)
+    with pytest.raises(ValueError, match="there is no layer"):
+        rule({}, 0.3)
+    for shape in ((), (3, 0)):
+        with pytest.raises(ValueError, match="'conv2' has the shape"):
+            rule({**SHAPES, "conv2": shape}, 0.3)
+
+
+def test_first_and_last_must_be_paths_of_layers():
+    with pytest.raises(ValueError, match="last='fc' is not the path of a layer; there are: conv1, conv2, dense, out"):
+        densities.erk_plus(SHAPES, 0.3, last="fc")
+    with pytest.raises(ValueError, match="last='fc' is not"):
+        densities.uniform_plus(SHAPES, 0.3, first="conv1", last="fc")
+    with pytest.raises(ValueError, match="first='conv' is not"):
+        densities.uniform_plus(SHAPES, 0.3, first="conv", last="out")
+    with pytest.raises(ValueError, match="must be two layers"):
+        densities.uniform_plus(SHAPES, 0.3, first="out", last="out")
+    with pytest.raises(ValueError, match="must name the layers conv1, conv2, dense, out; got out"):
+        densities.overall(SHAPES, {"out": 0.3})
+
+
+def test_random_masks_take_layer_densities_and_keep_the_count_of_each():
+    weights = {path: jnp.zeros(shape) for path, shape in SHAPES.items()}
+    shares = densities.erk(prunable(weights), 0.3)
+    masks = sm.random_masks(jax.random.key(0), weights, shares)
+    kept = {path: sm.keep_count(share, math.prod(SHAPES[path])) for path, share in shares.items()}
+    assert {path: int(mask.sum()) for path, mask in masks.items()} == kept
+    assert 0 <= sm.density(masks) - densities.overall(SHAPES, shares) <= len(SHAPES) / 1387

@@ -14,10 +14,15 @@ ALLOWED = {
     "threshold": set(),
     "selection": {"densities", "threshold", "trees"},
     "initializers": {"densities", "trees"},
-    "saliency": {"trees"},
+    "rounds": {"densities", "selection", "trees"},
+    "saliency": {"rounds", "trees"},
     "lottery": {"densities", "trees", "selection"},
+    "construction": {"initializers", "trees"},
     "supermask": {"densities", "trees", "selection", "initializers"},
+    "products": {"trees"},
+    "metrics": {"products", "trees"},
     "train": {"supermask", "trees"},
+    "dynamic": {"densities", "trees", "selection", "supermask", "train"},
 }
 BANNED = {"argparse", "tyro", "logging", "rich", "matplotlib", "orbax", "tensorflow_datasets", "experiments"}
 

@@ -17,12 +17,16 @@ from supermask_jax.trees import by_path, leaf_key
 STEPS = 6
 KEY = jax.random.key(4)
 LEARNS = {"edge-popup": "scores", "bernoulli": "scores", "dense": "weights"}
-RATES = {"edge-popup": 0.05, "bernoulli": 20.0, "dense": 0.05}
+LEARNS |= dict.fromkeys(("random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"), "weights")
+RATES = {"edge-popup": 0.05, "bernoulli": 20.0}  # else 0.05
+FIXED = ("random", "magnitude", "snip", "grasp", "synflow")
+CHANGED = ("gradual", "set", "rigl")  # masks change while weights learn
 
 
 def config(method, density=0.3, **more):
-    rates = {"learning_rate": RATES[method], "weight_decay": 1e-3, "momentum": 0.9}
-    return dataclasses.replace(Config(), method=method, density=density, model="lenet-300-100", **rates, **more)
+    rates = {"learning_rate": RATES.get(method, 0.05), "weight_decay": 1e-3, "momentum": 0.9, "update_every": 2}
+    more = {"model": "lenet-300-100", **rates, **more}
+    return dataclasses.replace(Config(), method=method, density=density, **more)
 
 
 def batch():
@@ -35,20 +39,30 @@ def start(method, density=0.3, seed=0, **more):
     model = recipe.build_model(settings, classes=10)
     key = jax.random.key(seed)
     weights = recipe.draw_weights(settings, model, (8, 8, 1), leaf_key(key, "weights"))
-    task = methods.METHODS[method](settings, weights, leaf_key(key, "scores"))
     tx = recipe.make_optimizer(settings, optax.constant_schedule(settings.learning_rate))
+    make_loss = functools.partial(recipe.make_loss, model, 0.5, 0.25)
+    begin = methods.Start(settings, weights, leaf_key(key, "scores"), tx, model, make_loss, lambda n: batch(), STEPS)
+    task = methods.METHODS[method](begin)
     state = sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns)
-    step = jax.jit(sm.make_train_step(task.forward, recipe.make_loss(model, 0.5, 0.25), tx, learns=task.learns))
+    step = jax.jit(sm.make_train_step(task.forward, make_loss(), tx, learns=task.learns))
     return task, state, step
+
+
+def advance(task, state, step, steps):
+    """Steps, and between them the changes of the masks."""
+    metrics = None
+    for _ in range(steps):
+        state, metrics = step(state, batch())
+        if task.update and int(state.step) % 2 == 0:
+            state = task.update(int(state.step), state, batch())
+    return state, metrics
 
 
 @functools.cache
 def run(method, density=0.3, seed=0):
     task, state, step = start(method, density, seed)
-    first = None
-    for _ in range(STEPS):
-        state, metrics = step(state, batch())
-        first = metrics["loss"] if first is None else first
+    first = step(state, batch())[1]["loss"]
+    state, metrics = advance(task, state, step, STEPS)
     return task, state, step, (first, metrics["loss"])
 
 
@@ -73,7 +87,8 @@ def test_what_does_not_learn_is_bit_identical(method):
     task, state, *_ = run(method)
     frozen = "weights" if LEARNS[method] == "scores" else "scores"
     assert task.learns == LEARNS[method]
-    jax.tree.map(np.testing.assert_array_equal, getattr(state.subnet, frozen), getattr(task.subnet, frozen))
+    if method not in CHANGED:
+        jax.tree.map(np.testing.assert_array_equal, getattr(state.subnet, frozen), getattr(task.subnet, frozen))
 
 
 @each_method
@@ -99,7 +114,7 @@ def test_masks_are_binary_before_and_after_training(method, key):
 @pytest.mark.parametrize("density", [0.3, 0.7])
 def test_masks_have_exact_counts_before_and_after_training(method, density):
     task, state, *_ = run(method, density)
-    for subnet in (task.subnet, state.subnet):
+    for subnet in (task.subnet, state.subnet)[method == "gradual" :]:  # which keeps everything at first
         for path, mask in by_path(task.mask_fn(subnet.scores, None)).items():
             assert np.count_nonzero(mask) == sm.keep_count(density, mask.size), path
 
@@ -118,6 +133,69 @@ def test_masks_depend_on_the_key_exactly_where_a_method_says_that_it_draws_them(
     a, b, none = (by_path(task.mask_fn(state.subnet.scores, key)) for key in (*jax.random.split(KEY), None))
     assert task.sampled == any(not np.array_equal(a[path], b[path]) for path in a)
     assert task.sampled == any(not np.array_equal(a[path], none[path]) for path in a)
+
+
+@pytest.mark.parametrize("method", CHANGED)
+def test_masks_that_are_to_change_do_and_gradual_only_ever_loses(method):
+    task, state, *_ = run(method)
+    before, after = by_path(task.subnet.scores), by_path(state.subnet.scores)
+    assert all(not np.array_equal(before[path], after[path]) for path in before)
+    came_back = [np.any(np.asarray(after[path]) > np.asarray(before[path])) for path in before]
+    assert not any(came_back) if method == "gradual" else all(came_back)
+
+
+@pytest.mark.parametrize("method", CHANGED)
+def test_masks_settle_before_the_end(method):
+    _, state, _ = start(method)
+    task, _, _, _ = run(method)
+    late = task.update(STEPS, state, batch())
+    jax.tree.map(np.testing.assert_array_equal, late.subnet, state.subnet)
+
+
+@pytest.mark.parametrize("method", ["edge-popup", "random", "set"])
+def test_layers_of_one_shape_are_drawn_independently(method):
+    task, *_ = start(method, model="mlp", width=40, depth=3)
+    masks = by_path(task.mask_fn(task.subnet.scores, None))
+    same = np.mean(np.asarray(masks["Dense_1/kernel"]) == np.asarray(masks["Dense_2/kernel"]))
+    assert abs(same - (0.3**2 + 0.7**2)) < 0.06
+
+
+@pytest.mark.parametrize("distribution", Config.__dataclass_fields__["distribution"].type.__args__)
+@pytest.mark.parametrize("method", ["random", "gradual"])
+def test_every_distribution_keeps_the_density_of_all_weights(method, distribution):
+    task, state, step = start(method, distribution=distribution)
+    state, _ = advance(task, state, step, STEPS)
+    counts = {path: (int(mask.sum()), mask.size) for path, mask in by_path(state.subnet.scores).items()}
+    ones, total = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
+    if distribution == "uniform+":  # as published: the first layer, here most of the weights, is left dense
+        assert counts["Dense_0/kernel"][0] == counts["Dense_0/kernel"][1]
+        assert all(
+            ones == sm.keep_count(0.3, size) for path, (ones, size) in counts.items() if path != "Dense_0/kernel"
+        )
+    else:
+        assert abs(ones - 0.3 * total) <= len(counts)  # a layer's count is rounded up
+    one_density = len({round(ones / size, 2) for ones, size in counts.values()}) == 1
+    assert one_density == (distribution == "uniform")
+
+
+def test_ratios_of_a_saliency_are_its_counts_at_other_positions():
+    snip, *_ = start("snip", distribution="global")
+    drawn, *_ = start("random", distribution="snip")
+    a, b = by_path(snip.subnet.scores), by_path(drawn.subnet.scores)
+    assert {path: int(m.sum()) for path, m in a.items()} == {path: int(m.sum()) for path, m in b.items()}
+    assert all(not np.array_equal(a[path], b[path]) for path in a)
+
+
+def test_neurons_are_kept_whole_and_the_classes_all():
+    task, state, step = start("edge-popup", unit="neuron")
+    state, _ = advance(task, state, step, STEPS)
+    masks = task.mask_fn(state.subnet.scores, None)
+    assert masks["Dense_2"]["kernel"] is None
+    for name, units in (("Dense_0", 300), ("Dense_1", 100)):
+        columns = np.asarray(masks[name]["kernel"])
+        assert columns.shape[-1] == units
+        np.testing.assert_array_equal(columns, np.broadcast_to(columns[:1], columns.shape))
+        assert columns[0].sum() == sm.keep_count(0.3, units)
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -163,13 +241,11 @@ def test_same_seed_same_bits_other_seed_other_bits(method):
 
 @each_method
 def test_resumed_in_the_middle_it_ends_the_same(method):
-    _, whole, step, _ = run(method)
+    whole_task, whole, step, _ = run(method)
     _, state, _ = start(method)
-    for _ in range(STEPS // 2):
-        state, _ = step(state, batch())
+    state, _ = advance(whole_task, state, step, STEPS // 2)
     state = jax.tree.unflatten(jax.tree.structure(state), [jnp.copy(leaf) for leaf in jax.tree.leaves(state)])
-    for _ in range(STEPS - STEPS // 2):
-        state, _ = step(state, batch())
+    state, _ = advance(whole_task, state, step, STEPS - STEPS // 2)
     jax.tree.map(np.testing.assert_array_equal, state.subnet, whole.subnet)
 
 

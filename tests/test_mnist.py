@@ -97,7 +97,7 @@ def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
         (["--seed", "4294967296"], "[0, 2**32)", 2),
         (
             ["--method", "edgepopup"],
-            "no method 'edgepopup': did you mean 'edge-popup'? There are: edge-popup, bernoulli, dense",
+            "no method 'edgepopup': did you mean 'edge-popup'? There are: edge-popup, bernoulli, dense, random,",
             2,
         ),
         (["--preset", "tutoral"], "did you mean 'tutorial'?", 2),
@@ -161,7 +161,7 @@ def test_help_reads_well_and_comes_at_once(tmp_path):
     assert done.returncode == 0
     for flag in Config.__dataclass_fields__:
         assert f"--{flag.replace('_', '-')}" in done.stdout
-    assert "Fraction of each layer's weights that is kept" in done.stdout
+    assert "Fraction of the weights that is kept" in done.stdout
     assert time.perf_counter() - began < 20  # loose: a slow machine; importing JAX and reading data take longer
 
 

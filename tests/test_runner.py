@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import supermask_jax as sm
-from experiments import data, methods, recipe, runner
+from experiments import data, driver, methods, recipe, runner
 from experiments.errors import UserError
+from experiments.evaluation import Evaluator, Held
 from experiments.mnist import Config
 from experiments.workdir import Checkpoints, Workdir, default_path, write_text
 
@@ -23,24 +24,24 @@ def dataset():
 def task_of(dataset):
     model = recipe.build_model(SETTINGS, dataset.classes)
     weights = recipe.draw_weights(SETTINGS, model, (28, 28, 1), jax.random.key(0))
-    return model, methods.METHODS["edge-popup"](SETTINGS, weights, jax.random.key(1))
+    return model, methods.METHODS["edge-popup"](methods.Start(SETTINGS, weights, jax.random.key(1), None, model))
 
 
 # The order of the data.
 
 
 def test_an_epoch_shows_every_image_once_and_pads_with_weight_zero():
-    indices, weights = runner.epoch_order(jax.random.key(0), 0, examples=103, batch_size=10)
+    indices, weights = driver.epoch_order(jax.random.key(0), 0, examples=103, batch_size=10)
     assert indices.shape == weights.shape == (11, 10)
     assert sorted(indices[weights == 1]) == list(range(103))
     assert weights[-1].tolist() == [1] * 3 + [0] * 7
 
 
 def test_the_order_is_a_function_of_key_and_epoch_alone():
-    first = runner.epoch_order(jax.random.key(0), 3, 103, 10)[0]
-    np.testing.assert_array_equal(first, runner.epoch_order(jax.random.key(0), 3, 103, 10)[0])
-    assert not np.array_equal(first, runner.epoch_order(jax.random.key(0), 4, 103, 10)[0])
-    assert not np.array_equal(first, runner.epoch_order(jax.random.key(1), 3, 103, 10)[0])
+    first = driver.epoch_order(jax.random.key(0), 3, 103, 10)[0]
+    np.testing.assert_array_equal(first, driver.epoch_order(jax.random.key(0), 3, 103, 10)[0])
+    assert not np.array_equal(first, driver.epoch_order(jax.random.key(0), 4, 103, 10)[0])
+    assert not np.array_equal(first, driver.epoch_order(jax.random.key(1), 3, 103, 10)[0])
 
 
 # The driver.
@@ -50,20 +51,20 @@ def test_the_order_is_a_function_of_key_and_epoch_alone():
 def test_many_steps_per_call_do_what_single_calls_do(dataset, monkeypatch, steps_per_call):
     model, task = task_of(dataset)
     tx = optax.sgd(0.1, 0.9)
-    order = runner.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
+    order = driver.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
 
     def after(steps):
-        monkeypatch.setitem(runner.STEPS_PER_CALL, "cpu", steps)
+        monkeypatch.setitem(driver.STEPS_PER_CALL, "cpu", steps)
         step = sm.make_train_step(task.mask_fn, recipe.make_loss(model, 0.13, 0.31), tx, learns="scores")
-        driver = runner.Driver(step, "scores", dataset)
+        advance = driver.Driver(step, "scores", dataset)
         subnet = jax.tree.map(jnp.copy, task.subnet)
         state = sm.init_state(subnet, tx, jax.random.key(2), learns="scores")
-        state, totals, _ = driver(state, runner.zero_totals(), order, 0, 10)
-        return state, totals, driver
+        state, totals, _ = advance(state, driver.zero_totals(), order, 0, 10)
+        return state, totals, advance
 
-    (one, totals_one, _), (many, totals_many, driver) = after(1), after(steps_per_call)
+    (one, totals_one, _), (many, totals_many, advance) = after(1), after(steps_per_call)
     assert int(one.step) == int(many.step) == 10
-    assert len(driver._compiled) == (2 if steps_per_call == 4 else 1)
+    assert len(advance._compiled) == (2 if steps_per_call == 4 else 1)
     assert totals_one["count"] == totals_many["count"] == 640
     np.testing.assert_allclose(totals_one["loss"], totals_many["loss"], rtol=1e-5)
     masks = [task.mask_fn(state.subnet.scores, None) for state in (one, many)]
@@ -75,16 +76,16 @@ def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(dataset):
     tx = optax.sgd(lambda step: jnp.where(step == 6, jnp.inf, 0.1))
     step = sm.make_train_step(task.mask_fn, recipe.make_loss(model, 0.13, 0.31), tx, learns="scores")
     state = sm.init_state(task.subnet, tx, jax.random.key(2), learns="scores")
-    order = runner.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
-    _, totals, _ = runner.Driver(step, "scores", dataset)(state, runner.zero_totals(), order, 0, 10)
+    order = driver.epoch_order(jax.random.key(0), 0, len(dataset.train_labels), 64)
+    _, totals, _ = driver.Driver(step, "scores", dataset)(state, driver.zero_totals(), order, 0, 10)
     assert int(totals["bad_step"]) == 6
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 def test_finite_means_every_number(value):
     tree = {"a": jnp.ones((3, 3)), "b": None, "c": jnp.zeros(4)}
-    assert runner.all_finite(tree)
-    assert not runner.all_finite({**tree, "c": jnp.zeros(4).at[2].set(value)})
+    assert driver.all_finite(tree)
+    assert not driver.all_finite({**tree, "c": jnp.zeros(4).at[2].set(value)})
 
 
 # Evaluation.
@@ -93,9 +94,12 @@ def test_finite_means_every_number(value):
 @pytest.mark.parametrize("examples", [1, 249, 250, 1000])
 def test_evaluation_counts_every_example_once(dataset, examples):
     model, task = task_of(dataset)
-    held = runner.Held("test", dataset.test_images[:examples], dataset.test_labels[:examples])
-    got = runner.make_evaluate(task.mask_fn, model, dataset)(task.subnet, held)
-    params = sm.subnetwork(task.mask_fn, task.subnet)
+    held = Held("test", dataset.test_images[:examples], dataset.test_labels[:examples])
+    evaluator = Evaluator(task.mask_fn, task.forward, model, dataset)
+    masks, params = evaluator.found(task.subnet)
+    got = evaluator.figures(params, held)
+    jax.tree.map(np.testing.assert_array_equal, masks, task.mask_fn(task.subnet.scores, None))
+    jax.tree.map(np.testing.assert_array_equal, params, sm.subnetwork(task.mask_fn, task.subnet))
     logits = model.apply({"params": params}, (held.images / np.float32(255) - 0.1307) / np.float32(0.3081))
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     np.testing.assert_allclose(got["test_loss"], -log_p[np.arange(examples), held.labels].mean(), rtol=1e-4)
@@ -105,11 +109,12 @@ def test_evaluation_counts_every_example_once(dataset, examples):
 def test_evaluation_of_sampled_masks_is_the_mean_over_the_keys(dataset):
     model, _ = task_of(dataset)
     weights = recipe.draw_weights(SETTINGS, model, (28, 28, 1), jax.random.key(0))
-    task = methods.METHODS["bernoulli"](dataclasses.replace(SETTINGS, rescale=True), weights, None)
-    held = runner.Held("validation", dataset.test_images[:300], dataset.test_labels[:300])
+    settings = dataclasses.replace(SETTINGS, rescale=True)
+    task = methods.METHODS["bernoulli"](methods.Start(settings, weights, None, None, model))
+    held = Held("validation", dataset.test_images[:300], dataset.test_labels[:300])
     keys = jax.random.split(jax.random.key(5), 3)
-    evaluate = runner.make_evaluate(task.forward, model, dataset)
-    got = evaluate(task.subnet, held, keys)
+    evaluator = Evaluator(task.mask_fn, task.forward, model, dataset)
+    got = evaluator.sampled_figures(task.subnet, held, keys)
     losses, accuracies = [], []
     for key in keys:
         params = sm.subnetwork(task.forward, task.subnet, key)
@@ -120,9 +125,11 @@ def test_evaluation_of_sampled_masks_is_the_mean_over_the_keys(dataset):
     assert len(set(losses)) == 3
     np.testing.assert_allclose(got["validation_sampled_loss"], np.mean(losses), rtol=1e-4)
     np.testing.assert_allclose(got["validation_sampled_accuracy"], np.mean(accuracies), atol=1e-9)
-    np.testing.assert_allclose(got["validation_loss"], np.log(10), rtol=1e-6)  # logits of 0 keep nothing
-    assert evaluate(task.subnet, held, keys) == got
-    assert set(evaluate(task.subnet, held)) == {"validation_loss", "validation_accuracy"}
+    masks, params = evaluator.found(task.subnet)
+    assert not any(np.any(mask) for mask in jax.tree.leaves(masks))  # logits of 0 keep nothing
+    np.testing.assert_allclose(evaluator.figures(params, held)["validation_loss"], np.log(10), rtol=1e-6)
+    assert evaluator.sampled_figures(task.subnet, held, keys) == got
+    assert evaluator.sampled_figures(task.subnet, held, ()) == {}
 
 
 def test_flips_are_counted_per_layer():

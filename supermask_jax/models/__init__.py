@@ -1,5 +1,5 @@
-"""Networks to look for subnetworks in. Plain Flax modules: none knows that it may be masked."""
+"""Networks to look for subnetworks in."""
 
-from supermask_jax.models.mnist import LeNet300100, MnistConvNet, max_pool
+from supermask_jax.models.mnist import MLP, ConvNet, LeNet300100, MnistConvNet, max_pool
 
-__all__ = ["LeNet300100", "MnistConvNet", "max_pool"]
+__all__ = ["MLP", "ConvNet", "LeNet300100", "MnistConvNet", "max_pool"]

@@ -1,4 +1,4 @@
-"""The two networks of the MNIST literature: LeNet-300-100 and the convnet of the edge-popup tutorial."""
+"""Networks for pictures of MNIST's size: the two of the literature, and two whose width and depth are settings."""
 
 import flax.linen as nn
 import jax
@@ -32,17 +32,16 @@ def _max_of_windows_jvp(primals, tangents):
     return out, jnp.where(place == first, tangent, 0).sum(axis=(2, 4))
 
 
-class LeNet300100(nn.Module):
-    """LeNet-300-100: dense 300, ReLU, dense 100, ReLU, dense `classes`; [n, ...] -> [n, classes] logits.
+class MLP(nn.Module):
+    """Dense layers with ReLU between them; [n, ...] -> [n, classes] logits.
 
-    `dropout` is the rate after each hidden layer. `hidden` holds their widths, for what is left after whole neurons
-    are pruned. Source: LeCun et al. 1998; Frankle & Carbin 2019, figure 2.
+    `hidden` holds the widths of the hidden layers, `dropout` the rate after each of them.
     """
 
     classes: int = 10
     use_bias: bool = True
     dropout: float = 0.0
-    hidden: tuple[int, ...] = (300, 100)
+    hidden: tuple[int, ...] = (100,)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -51,6 +50,35 @@ class LeNet300100(nn.Module):
             x = nn.relu(nn.Dense(features, use_bias=self.use_bias)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, use_bias=self.use_bias)(x)
+
+
+class LeNet300100(MLP):
+    """LeNet-300-100: dense 300, ReLU, dense 100, ReLU, dense `classes`; [n, ...] -> [n, classes] logits.
+
+    `hidden` is a setting for what is left after whole neurons are pruned. Source: LeCun et al. 1998; Frankle & Carbin
+    2019, figure 2.
+    """
+
+    hidden: tuple[int, ...] = (300, 100)
+
+
+class ConvNet(nn.Module):
+    """Convolutions 3x3 with ReLU, then one dense layer; [n, h, w, c] -> [n, classes] logits. No biases.
+
+    `channels` holds the width of each convolution (SAME). Max-pooling by 2 follows the first and the last, so that
+    the dense layer sees pictures of one size however many there are.
+    """
+
+    classes: int = 10
+    channels: tuple[int, ...] = (16, 16)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for i, features in enumerate(self.channels):
+            x = nn.relu(nn.Conv(features, (3, 3), use_bias=False)(x))
+            x = x if i else max_pool(x)
+        x = max_pool(x)
+        return nn.Dense(self.classes, use_bias=False)(x.reshape(x.shape[0], -1))
 
 
 class MnistConvNet(nn.Module):

@@ -1,0 +1,167 @@
+"""Many runs of `experiments.mnist`, each a cell of a sweep: one is trained, or finished, or read, after the other.
+
+A cell lies in a directory named after its settings. A sweep that is interrupted goes on where it was, and one that is
+widened, or another that asks for the same cell, finds it there.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments import data, mnist, runner
+from experiments.style import COLOURS, MARKERS, log_axis, style_axes
+from experiments.workdir import default_path, write_json
+
+NEVER = 10**9  # a cell takes seconds: it is saved when it ends
+FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
+JUDGED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
+
+
+class Cell(NamedTuple):
+    """One run and what the sweep calls it: its place on the axes and in the legend."""
+
+    labels: Mapping[str, Any]
+    config: mnist.Config
+
+
+def cell(labels: Mapping[str, Any], method: str, **settings) -> Cell:
+    """A run of a method's best recipe with these settings in place of its own.
+
+    Raises:
+      UserError: a setting is out of range.
+    """
+    config = mnist.Config(**{**mnist.defaults("best", method), "checkpoint_every": NEVER, **settings})
+    config.check()
+    return Cell(labels, config)
+
+
+def run(cells: Iterable[Cell], dataset: data.Dataset, folder: Path) -> list[dict]:
+    """A row for each cell, in their order: its labels, its seed and its figures.
+
+    Each cell leaves its files in a directory of `folder`; a finished one is read from there.
+    """
+    rows, cells = [], list(cells)
+    with _Display(len(cells)) as shown:
+        for labels, config in cells:
+            config = mnist.settled(config, dataset.name)
+            path = folder / default_path(config, "cells").name
+            began, fresh = time.perf_counter(), not (path / "summary.json").exists()
+            summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", alone=False)
+            if fresh:
+                shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the summary is what a sweep needs
+            row = {**labels, "seed": config.seed}
+            row |= {name: summary[name] for name in sorted((FIGURES | JUDGED) & set(summary))}
+            rows.append(row)
+            shown.cell(labels, config.seed, summary, time.perf_counter() - began if fresh else None)
+    return rows
+
+
+def write_results(path: Path, config: Mapping[str, Any], dataset: data.Dataset, rows: list[dict], **more) -> dict:
+    """Writes summary.json of a sweep: its settings, what it ran on, and its rows; returns it."""
+    summary = {
+        "dataset": dataset.name,
+        "data_source": dataset.source,
+        "config": dict(config),
+        "versions": runner.versions(),
+        **more,
+        "rows": rows,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "summary.json", summary)
+    return summary
+
+
+def grouped(rows: list[dict], by: str, x: str, y: str) -> dict[Any, dict[Any, list[float]]]:
+    """{group: {x: the values of y, of all seeds}}, in the rows' order; rows without x or y are left out."""
+    groups = {}
+    for row in rows:
+        if row.get(x) is not None and row.get(y) is not None:
+            groups.setdefault(row[by], {}).setdefault(row[x], []).append(row[y])
+    return groups
+
+
+def draw_lines(ax, groups: Mapping[Any, Mapping[Any, list[float]]], x: str, y: str, accuracy: bool = False) -> None:
+    """A line for each group: the mean over the seeds, in a band from the lowest to the highest.
+
+    With `accuracy` the values are fractions, drawn in percent on a log scale of the error.
+    """
+    drawn = []
+    for i, (name, points) in enumerate(groups.items()):
+        at = sorted(points)
+        values = [np.array(points[place]) for place in at]
+        values = [100 * (1 - v) for v in values] if accuracy else values
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        style = "-" if i < len(COLOURS) else "--"
+        means = [v.mean() for v in values]
+        ax.plot(at, means, style, color=colour, marker=marker, markersize=4, linewidth=1.3, label=str(name))
+        ax.fill_between(at, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.15, linewidth=0)
+        drawn += [value for v in values for value in v]
+    style_axes(ax, x, y)
+    if accuracy:
+        log_axis(ax, drawn, accuracy=True)
+
+
+def log_ticks(ax, values: Iterable[float], percent: bool = False) -> None:
+    """A log x axis with a tick at each value."""
+    values = sorted(set(values))
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{100 * v:g}" if percent else f"{v:g}" for v in values])
+    ax.set_xticks([], minor=True)
+
+
+def show_table(title: str, groups: Mapping[Any, Mapping[Any, list[float]]], head: str, percent: bool = True) -> None:
+    """Means over the seeds: a line for each group, a column for each x."""
+    columns = sorted({x for points in groups.values() for x in points})
+    table = Table(title=title)
+    table.add_column(head)
+    for x in columns:
+        table.add_column(f"{x:g}" if isinstance(x, float | int) else str(x), justify="right")
+    for name, points in groups.items():
+        means = [float(np.mean(points[x])) if x in points else None for x in columns]
+        texts = ["" if m is None else f"{m:.2%}" if percent else f"{m:.4g}" for m in means]
+        table.add_row(escape(str(name)), *texts)
+    Console(file=sys.stdout).print(table)
+
+
+class _Display:
+    """A line for each cell, and on a terminal a bar over all of them."""
+
+    def __init__(self, cells: int):
+        self._console, self._cells, self._done = Console(file=sys.stdout), cells, 0
+        self._progress = Progress(
+            TextColumn("cell {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            expand=True,
+        )
+        self._task = self._progress.add_task("cells", total=cells)
+
+    def __enter__(self):
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.__exit__(*error)
+
+    def cell(self, labels: Mapping[str, Any], seed: int, summary: dict, seconds: float | None) -> None:
+        self._done += 1
+        self._progress.update(self._task, completed=self._done)
+        what = "  ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in labels.values())
+        took = "found finished" if seconds is None else f"{seconds:.0f} s"
+        line = (
+            f"{self._done:>4}/{self._cells}  {what}  seed {seed}  test accuracy {summary['test_accuracy']:.2%}  {took}"
+        )
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,149 @@
+"""Every method at every density, in one picture: `python -m experiments.compare`.
+
+Each cell is a run of `experiments.mnist` with the method's own best recipe; interrupted or widened, a comparison goes
+on with the cells that are there.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments import command_line
+from experiments.errors import UserError
+
+Method = Literal[
+    "edge-popup", "bernoulli", "dense", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"
+]
+ALL = ("dense", "edge-popup", "bernoulli", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare methods at several densities, with several seeds, on one data set."""
+
+    methods: tuple[Method, ...] = ALL
+    """What to compare; see `python -m experiments.mnist --help`. dense and bernoulli ignore the densities."""
+    densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02)
+    """Fractions of the weights that are kept, each in (0, 1)."""
+    seeds: int = 3
+    """Repetitions, with the seeds 0, 1, ..."""
+    model: Literal["lenet-300-100", "convnet", "mlp", "cnn"] = "lenet-300-100"
+    """The network; mlp and cnn are as wide and deep as --width and --depth say."""
+    width: int = 100
+    """Units (mlp) or channels (cnn) of each hidden layer."""
+    depth: int = 2
+    """Hidden layers of mlp and cnn."""
+    epochs: int = 10
+    """Passes over the training images, of each run."""
+    judge: bool = True
+    """Measure calibration, out-of-distribution detection and adversarial robustness as well."""
+    dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
+    data_dir: str | None = None
+    """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
+    workdir: str = "runs/compare"
+    """Where the picture and the figures go. Cells go into cells/ beside it, and are shared by all sweeps there."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        for name, valid, says in (
+            ("methods", len(self.methods) >= 1, "one or more methods"),
+            ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
+            ("seeds", self.seeds >= 1, "1 or more"),
+            ("width", self.width >= 1, "1 or more"),
+            ("depth", self.depth >= 1, "1 or more"),
+            ("epochs", self.epochs >= 1, "1 or more"),
+        ):
+            if not valid:
+                raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
+
+
+def main(config: Config) -> dict:
+    """Runs, or finishes, every cell, draws compare.png and returns what it writes to summary.json."""
+    from experiments import cells, data, display
+    from experiments.mnist import FREE_DENSITY
+    from experiments.style import save
+
+    dataset = data.load(config.dataset, config.data_dir)
+    if dataset.warning:
+        display.show_warning(dataset.warning)
+    names = ("model", "width", "depth", "epochs", "judge")
+    shared = {name: getattr(config, name) for name in names}
+    grid = [
+        cells.cell({"method": method, "asked": density}, method, density=density, seed=seed, **shared)
+        for method in dict.fromkeys(config.methods)
+        for density in ([1.0] if method in FREE_DENSITY else sorted(set(config.densities), reverse=True))
+        for seed in range(config.seeds)
+    ]
+    path = Path(config.workdir).expanduser()
+    rows = cells.run(grid, dataset, path.parent / "cells")
+    summary = cells.write_results(path, asdict(config), dataset, rows)
+    save(draw(summary), path / "compare.png")
+    chosen = [row for row in rows if row["method"] not in FREE_DENSITY]
+    cells.show_table(
+        f"test accuracy on {dataset.name}", cells.grouped(chosen, "method", "asked", "test_accuracy"), "density"
+    )
+    print(f"figures and picture: {path}")
+    return summary
+
+
+def draw(summary: dict):
+    """Accuracy against density and against FLOPs, and what was judged beside it, of every method."""
+    import numpy as np
+
+    from experiments import cells
+    from experiments.mnist import FREE_DENSITY
+    from experiments.style import COLOURS, log_axis, new_figure
+
+    rows, config = summary["rows"], summary["config"]
+    masked = [row for row in rows if row["method"] not in FREE_DENSITY]
+    panels = [("test_accuracy", "asked"), ("test_accuracy", "flops")]
+    panels += [(name, "asked") for name in ("ece", "fgsm_accuracy") if all(name in row for row in rows)]
+    figure = new_figure(
+        f"{config['model']} on {summary['dataset']} · {config['epochs']} epochs · mean of {config['seeds']} seeds, "
+        "band from lowest to highest",
+        6.2 * 2,
+        4.3 * (len(panels) // 2) + 1.1,
+    )
+    words = {
+        "test_accuracy": "test accuracy (%), log scale of the error",
+        "ece": "expected calibration error, log scale",
+        "fgsm_accuracy": "accuracy on FGSM images, 8/255 (%)",
+        "asked": "density (% of the weights that are kept)",
+        "flops": "FLOPs of one image's way through (kept weights only)",
+    }
+    for ax, (y, x) in zip(figure.subplots(-(-len(panels) // 2), 2).ravel(), panels, strict=True):
+        values = masked if x == "asked" else [dict(row, flops=_typical(masked, row)) for row in masked]
+        groups = cells.grouped(values, "method", x, y)
+        accuracy = y.endswith("accuracy")
+        if groups:
+            cells.draw_lines(ax, groups, words[x], words[y], accuracy)
+            places = sorted({place for points in groups.values() for place in points})
+            cells.log_ticks(ax, places, percent=True) if x == "asked" else ax.set_xscale("log")
+        free = {m: [r for r in rows if r["method"] == m] for m in FREE_DENSITY}
+        for method, found in free.items():
+            if not found:
+                continue
+            level = float(np.mean([row[y] for row in found]))
+            level = 100 * (1 - level) if accuracy else level
+            colour = "black" if method == "dense" else COLOURS[3]
+            if method == "dense":
+                ax.axhline(level, color=colour, linestyle=":", linewidth=1.3, label="dense, all weights")
+            else:
+                at = float(np.mean([row["density" if x == "asked" else "flops"] for row in found]))
+                ax.plot(at, level, "*", color=colour, markersize=11, label="bernoulli, density learned")
+        all_values = [100 * (1 - r[y]) if accuracy else r[y] for r in rows]
+        log_axis(ax, all_values, accuracy=accuracy)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _typical(rows: list[dict], row: dict) -> float:
+    """The mean FLOPs of the seeds of a row's method and density: one place on the axis."""
+    same = [r["flops"] for r in rows if (r["method"], r["asked"]) == (row["method"], row["asked"])]
+    return sum(same) / len(same)
+
+
+if __name__ == "__main__":
+    command_line.run(main, Config, lambda **_: {}, prog="python -m experiments.compare")
