@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import data, mnist, runner
+from experiments.errors import Infeasible
 from experiments.style import COLOURS, MARKERS, log_axis, style_axes
 from experiments.workdir import default_path, write_json
 
@@ -48,7 +49,8 @@ def cell(labels: Mapping[str, Any], method: str, **settings) -> Cell:
 def run(cells: Iterable[Cell], dataset: data.Dataset, folder: Path) -> list[dict]:
     """A row for each cell, in their order: its labels, its seed and its figures.
 
-    Each cell leaves its files in a directory of `folder`; a finished one is read from there.
+    Each cell leaves its files in a directory of `folder`; a finished one is read from there. One whose density and
+    distribution cannot be had together is left out, and its line says why.
     """
     rows, cells = [], list(cells)
     with _Display(len(cells)) as shown:
@@ -56,7 +58,11 @@ def run(cells: Iterable[Cell], dataset: data.Dataset, folder: Path) -> list[dict
             config = mnist.settled(config, dataset.name)
             path = folder / default_path(config, "cells").name
             began, fresh = time.perf_counter(), not (path / "summary.json").exists()
-            summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", alone=False)
+            try:
+                summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", alone=False)
+            except Infeasible as error:
+                shown.left_out(labels, config.seed, error)
+                continue
             if fresh:
                 shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the summary is what a sweep needs
             row = {**labels, "seed": config.seed}
@@ -157,11 +163,15 @@ class _Display:
         self._progress.__exit__(*error)
 
     def cell(self, labels: Mapping[str, Any], seed: int, summary: dict, seconds: float | None) -> None:
+        took = "found finished" if seconds is None else f"{seconds:.0f} s"
+        self._line(labels, seed, f"test accuracy {summary['test_accuracy']:.2%}  {took}")
+
+    def left_out(self, labels: Mapping[str, Any], seed: int, why: Exception) -> None:
+        self._line(labels, seed, f"left out: {why}")
+
+    def _line(self, labels: Mapping[str, Any], seed: int, text: str) -> None:
         self._done += 1
         self._progress.update(self._task, completed=self._done)
         what = "  ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in labels.values())
-        took = "found finished" if seconds is None else f"{seconds:.0f} s"
-        line = (
-            f"{self._done:>4}/{self._cells}  {what}  seed {seed}  test accuracy {summary['test_accuracy']:.2%}  {took}"
-        )
+        line = f"{self._done:>4}/{self._cells}  {what}  seed {seed}  {text}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -14,6 +14,8 @@ from experiments.errors import UserError
 Method = Literal[
     "edge-popup", "bernoulli", "dense", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"
 ]
+# Better than the main job's recipe at low densities, and no worse at a half, on held-out images.
+LAYERS_APART = {"distribution": "erk", "scale_weights": True}
 ALL = ("dense", "edge-popup", "bernoulli", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl")
 
 
@@ -22,7 +24,8 @@ class Config:
     """Compare methods at several densities, with several seeds, on one data set."""
 
     methods: tuple[Method, ...] = ALL
-    """What to compare; see `python -m experiments.mnist --help`. dense and bernoulli ignore the densities."""
+    """What to compare; see `python -m experiments.mnist --help`. dense and bernoulli ignore the densities. edge-popup
+    runs twice: with layer densities by erk and scaled weights, and as the main job has it."""
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02)
     """Fractions of the weights that are kept, each in (0, 1)."""
     seeds: int = 3
@@ -33,7 +36,7 @@ class Config:
     """Units (mlp) or channels (cnn) of each hidden layer."""
     depth: int = 2
     """Hidden layers of mlp and cnn."""
-    epochs: int = 10
+    epochs: int = 5
     """Passes over the training images, of each run."""
     judge: bool = True
     """Measure calibration, out-of-distribution detection and adversarial robustness as well."""
@@ -69,9 +72,12 @@ def main(config: Config) -> dict:
         display.show_warning(dataset.warning)
     names = ("model", "width", "depth", "epochs", "judge")
     shared = {name: getattr(config, name) for name in names}
+    variants = {method: (method, {}) for method in dict.fromkeys(config.methods)}
+    if "edge-popup" in variants:
+        variants |= {"edge-popup": ("edge-popup", LAYERS_APART), "edge-popup, uniform": ("edge-popup", {})}
     grid = [
-        cells.cell({"method": method, "asked": density}, method, density=density, seed=seed, **shared)
-        for method in dict.fromkeys(config.methods)
+        cells.cell({"method": name, "asked": density}, method, density=density, seed=seed, **shared, **more)
+        for name, (method, more) in variants.items()
         for density in ([1.0] if method in FREE_DENSITY else sorted(set(config.densities), reverse=True))
         for seed in range(config.seeds)
     ]

@@ -84,8 +84,16 @@ def show_summary(summary: dict, path) -> None:
         rows["... of sampled masks"] = (
             f"accuracy {summary['test_sampled_accuracy']:.2%}, loss {summary['test_sampled_loss']:.4f}, on average"
         )
+    if "ece" in summary:
+        unknown = ", ".join(f"{name} {auroc:.3f}" for name, auroc in summary["ood_auroc"].items())
+        rows |= {
+            "calibration": f"expected error {summary['ece']:.2%}, Brier score {summary['brier']:.4f}",
+            "on FGSM images": f"accuracy {summary['fgsm_accuracy']:.2%}  (8/255)",
+            "out of distribution": f"AUROC {unknown}",
+        }
     rows |= {
         "density": f"{summary['density']:.4f}  (fraction of the prunable weights kept)",
+        "size": f"{summary['parameters']:,} parameters kept, {summary['flops']:,} FLOPs an image",
         "training": f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",
         "seed": str(summary["seed"]),

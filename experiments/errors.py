@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """What the user can mend: bad input, missing data, a disk that is full. The message says how."""
+
+
+class Infeasible(UserError):
+    """Settings that are well-formed, but that no mask can meet together. A sweep leaves such a cell out."""

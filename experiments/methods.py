@@ -12,7 +12,7 @@ import optax
 import supermask_jax as sm
 from experiments import recipe
 from experiments.driver import compiling
-from experiments.errors import UserError
+from experiments.errors import Infeasible, UserError
 from supermask_jax import densities, dynamic, lottery, saliency
 from supermask_jax.selection import random_scores
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes, prunable
@@ -137,7 +137,7 @@ def layer_densities(start: Start) -> float | dict[str, float | Fraction]:
     """What part of each layer the settings' density and distribution keep.
 
     Raises:
-      UserError: they cannot be had together.
+      Infeasible: they cannot be had together.
     """
     config, shapes = start.config, prunable(start.weights)
     first, last = recipe.end_layers(config)
@@ -154,7 +154,7 @@ def layer_densities(start: Start) -> float | dict[str, float | Fraction]:
             case "erk+":
                 return densities.erk_plus(shapes, config.density, last)
     except ValueError as error:
-        raise UserError(f"--distribution {config.distribution} --density {config.density}: {error}") from error
+        raise Infeasible(f"--distribution {config.distribution} --density {config.density}: {error}") from error
     # The ratios of a saliency, as fractions: a float may round to one weight more.
     masks = _by_rank(config.distribution, start)
     return {path: Fraction(ones, size) for path, (ones, size) in ones_and_sizes(masks).items()}

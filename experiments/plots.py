@@ -27,7 +27,7 @@ MAX_HISTOGRAMS, MAX_KERNELS, KERNELS_PER_ROW = 12, 64, 8
 
 
 def draw_run(path: Path, summary: dict, records: list[dict], subnet, masks) -> None:
-    """Writes curves.png, layers.png, kernels.png and flips.png into the work directory `path` of a run that ends.
+    """Writes curves.png, layers.png, kernels.png, flips.png and judged.png into the work directory of a run that ends.
 
     `subnet` is the `supermask_jax.Subnet` at the end, `masks` its 0/1 masks, None at every leaf of a dense network. A
     picture that would have no meaning is left out.
@@ -43,6 +43,7 @@ def draw_run(path: Path, summary: dict, records: list[dict], subnet, masks) -> N
         "layers.png": layers(summary, weights, scores, masks),
         "kernels.png": kernels(summary, weights, masks),
         "flips.png": flips(summary, records),
+        "judged.png": judged(summary),
     }
     for name, figure in pictures.items():
         if figure is not None:
@@ -117,6 +118,7 @@ def _histogram(ax, weight: np.ndarray, score: np.ndarray | None, mask: np.ndarra
     kept = np.ones(weight.shape, bool) if mask is None else mask == 1
     of, values, threshold = "weight magnitude", np.abs(weight), None
     if score is not None and not np.array_equal(score, mask):
+        score = np.broadcast_to(score, weight.shape)  # a neuron has one score for all its weights
         of, values = "score magnitude", np.abs(score)
         for by, ranked in ("score magnitude", values), ("score", score):  # methods rank by the one or by the other
             if 0 < kept.sum() < kept.size and ranked[kept].min() >= ranked[~kept].max():
@@ -212,4 +214,33 @@ def flips(summary: dict, records: list[dict]):
     epoch_axis(ax, epochs[0], epochs[-1])
     heading = None if few else f"{len(named)} of the {len(names)} layers"
     ax.legend(title=heading, title_fontsize=8, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def judged(summary: dict):
+    """The reliability diagram, and the gradient flow over epochs; None for a run that was not judged."""
+    if "reliability" not in summary:
+        return None
+    figure = new_figure(title_of(summary), 10, 4.4)
+    left, right = figure.subplots(1, 2)
+    count, confidence, accuracy = (
+        np.array(summary["reliability"][name]) for name in ("count", "confidence", "accuracy")
+    )
+    edges, some = np.linspace(0, 1, len(count) + 1), count > 0
+    width = edges[1]
+    left.bar(100 * (edges[:-1] + width / 2)[some], 100 * accuracy[some], width=96 * width, color=BLUE, label="accuracy")
+    left.plot(100 * confidence[some], 100 * confidence[some], "_", color=ORANGE, markersize=14, label="mean confidence")
+    left.plot([0, 100], [0, 100], color="black", linestyle=":", linewidth=1)
+    for at, height, number in zip(edges[:-1][some] + width / 2, accuracy[some], count[some], strict=True):
+        left.text(100 * at, 100 * height + 1, f"{number:,.0f}", ha="center", fontsize=7)
+    style_axes(left, "confidence: the highest probability (%)", "accuracy (%)")
+    left.set(xlim=(0, 100), ylim=(0, 112))
+    left.set_title(f"reliability: expected calibration error {summary['ece']:.2%}; numbers: images", fontsize=10)
+    left.legend(fontsize=8, edgecolor="none", loc="lower right")
+    flow = summary["gradient_flow"]
+    right.plot(range(len(flow)), flow, "o-", color=BLUE, markersize=4)
+    style_axes(right, "epoch", "norm of the gradient over the kept weights, log scale")
+    log_axis(right, flow)
+    epoch_axis(right, 0, len(flow) - 1)
+    right.set_title("gradient flow", fontsize=10)
     return figure

@@ -16,11 +16,11 @@ from experiments.errors import UserError
 Part = Literal["construction", "width", "depth", "narrow", "data"]
 Family = Literal["mlp", "cnn"]
 
-WIDTHS = {"mlp": (10, 30, 100, 300, 1000), "cnn": (4, 8, 16, 32)}
-DEPTHS = (1, 2, 4, 8)
-PARAMETERS = {"mlp": 100_000, "cnn": 20_000}  # at every depth of the part "depth"
-NARROW = {"mlp": 20, "cnn": 6}  # width at every depth of the part "narrow"
-USUAL = {"mlp": (100, 2), "cnn": (16, 2)}  # width and depth of the part "data", depth of the part "width"
+WIDTHS = {"mlp": (10, 30, 100, 300, 1000), "cnn": (8, 16, 32)}
+DEPTHS = {"mlp": (1, 2, 4, 8), "cnn": (2, 4, 8)}
+PARAMETERS = {"mlp": 100_000, "cnn": 10_000}  # at every depth of the part "depth"
+NARROW = {"mlp": 20, "cnn": 8}  # width at every depth of the part "narrow"
+USUAL = {"mlp": (100, 2), "cnn": (16, 3)}  # width and depth of the part "data", depth of the part "width"
 TRAIN_IMAGES = (1_000, 4_000, 15_000, 60_000)
 
 
@@ -34,7 +34,7 @@ class Config:
     images, at one number of steps."""
     families: tuple[Family, ...] = ("mlp", "cnn")
     """Networks of dense layers, and of convolutions."""
-    construction_widths: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24)
+    construction_widths: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
     """Random products to choose from for each weight of the target."""
     density: float = 0.5
     """Fraction of each layer that edge-popup keeps, in (0, 1)."""
@@ -92,7 +92,7 @@ def main(config: Config) -> dict:
 
 
 AXES = {
-    "width": ("width", "units or channels of each of 2 hidden layers"),
+    "width": ("width", "units or channels of each hidden layer"),
     "depth": ("depth", "hidden layers, as many parameters at each depth"),
     "narrow": ("depth", "hidden layers, all narrow"),
     "data": ("train_images", "training images, as many steps with each"),
@@ -121,10 +121,10 @@ def grid(config: Config, examples: int) -> list:
                 for w in WIDTHS[family]:
                     add("width", family, f"{family}, {unit}s", w, depth, unit=unit)
         if "depth" in config.parts:
-            for d in DEPTHS:
+            for d in DEPTHS[family]:
                 add("depth", family, f"{family}, {PARAMETERS[family]:,} parameters", width_for(family, d), d)
         if "narrow" in config.parts:
-            for d in DEPTHS:
+            for d in DEPTHS[family]:
                 add("narrow", family, f"{family}, width {NARROW[family]}", NARROW[family], d)
         if "data" in config.parts:
             for count in (*(n for n in TRAIN_IMAGES if n < examples), 0):
@@ -134,7 +134,7 @@ def grid(config: Config, examples: int) -> list:
 
 def width_for(family: str, depth: int) -> int:
     """The width at which a network of that depth, on MNIST's images, has the part's number of parameters, nearly."""
-    inputs, square, outputs = (784, 1, 10) if family == "mlp" else (9, 9, 490)
+    inputs, square, outputs = (784, 1, 10) if family == "mlp" else (9, 9, 40)
     wanted = PARAMETERS[family]
     width = 1
     while (inputs + outputs) * (width + 1) + square * (depth - 1) * (width + 1) ** 2 <= wanted:

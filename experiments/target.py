@@ -16,7 +16,7 @@ from experiments.style import COLOURS, log_axis, new_figure, style_axes
 from supermask_jax import construction, metrics, models
 from supermask_jax.trees import apply_masks, by_path, leaf_key
 
-HIDDEN, EPOCHS, BATCH = 32, 3, 250
+HIDDEN, EPOCHS, BATCH = 32, 10, 250
 
 
 def construct(config, dataset: data.Dataset) -> dict:
@@ -60,6 +60,7 @@ def construct(config, dataset: data.Dataset) -> dict:
                     f"{form}, width {width}, seed {seed}: mean weight error {row['weight_error']:.2%} of the largest, "
                     f"test accuracy {row['test_accuracy']:.2%}  {time.perf_counter() - began:.0f} s",
                     highlight=False,
+                    soft_wrap=True,
                 )
     return {"target": target, "rows": rows}
 

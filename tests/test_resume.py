@@ -1,4 +1,7 @@
-"""A killed run goes on where it stopped and ends as if nothing had happened: real processes, real kills."""
+"""A killed run goes on where it stopped and ends as if nothing had happened: real processes, real kills.
+
+Methods whose masks change between steps are stopped between two changes, and at one, in this process.
+"""
 
 import json
 import os
@@ -15,6 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+
+from experiments import data, runner
+from experiments.mnist import Config, defaults
+from experiments.workdir import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("train_seconds", "images_per_second")
@@ -125,3 +132,45 @@ def test_changed_setting_is_refused_by_name_and_harmless_ones_are_not(uninterrup
     assert "learning_rate (was 0.1, now 0.2)" in message and "seed (was 0, now 1)" in message
     assert "Traceback" not in refused.stderr
     assert run(uninterrupted, "--checkpoint-every", "7", "--data-dir", "/nowhere").returncode == 0
+
+
+def fit(workdir, method):
+    """Two epochs of 63 steps; masks change at the steps 15, 30, 45, 60, 75 and, of gradual, 90."""
+    settings = {"model": "mlp", "width": 16, "depth": 1, "epochs": 2, "density": 0.3, "dataset": "mnist-5k"}
+    every = {"update_every": 15, "checkpoint_every": 20, "workdir": str(workdir)}
+    config = Config(**defaults("best", method) | settings | every)
+    return runner.fit(config, data.load("mnist-5k"), "mnist", alone=False)
+
+
+@pytest.mark.filterwarnings("ignore:(?!cannot read)")  # orbax warns that no layout is given
+@pytest.mark.parametrize("method", ["rigl", "gradual"])
+def test_stopped_between_two_changes_of_the_masks_and_at_one_it_ends_bit_identical(method, tmp_path, monkeypatch):
+    expected = fit(tmp_path / "whole", method)
+    save, stops, saved = Checkpoints.save, [20, 60], []
+
+    def stopping(self, step, tree):
+        save(self, step, tree)
+        saved.append(step)
+        if step in stops:
+            stops.remove(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "broken", method)
+    got = fit(tmp_path / "broken", method)
+    assert saved == [20, 40, 60, 80, 100, 120, 126]  # no part was trained twice
+
+    times = {*TIMES, "compile_seconds"}
+    assert {k: v for k, v in got.items() if k not in times and k != "config"} == {
+        k: v for k, v in expected.items() if k not in times and k != "config"
+    }
+    (records, state), (expected_records, expected_state) = results(tmp_path / "broken"), results(tmp_path / "whole")
+    assert records == expected_records
+    assert all(sum(record["flips"].values()) > 0 for record in records[1:])  # masks changed, in both epochs
+    for name in ("state", "masks", "totals"):
+        got, want = _leaves(state[name]), _leaves(expected_state[name])
+        assert len(got) == len(want) > 0
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
