@@ -46,7 +46,9 @@ def cell(labels: Mapping[str, Any], method: str, **settings) -> Cell:
     return Cell(labels, config)
 
 
-def run(cells: Iterable[Cell], dataset: data.Dataset, folder: Path) -> list[dict]:
+def run(
+    cells: Iterable[Cell], dataset: data.Dataset, folder: Path, strangers: data.Dataset | None = None
+) -> list[dict]:
     """A row for each cell, in their order: its labels, its seed and its figures.
 
     Each cell leaves its files in a directory of `folder`; a finished one is read from there. One whose density and
@@ -59,7 +61,7 @@ def run(cells: Iterable[Cell], dataset: data.Dataset, folder: Path) -> list[dict
             path = folder / default_path(config, "cells").name
             began, fresh = time.perf_counter(), not (path / "summary.json").exists()
             try:
-                summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", alone=False)
+                summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", strangers, alone=False)
             except Infeasible as error:
                 shown.left_out(labels, config.seed, error)
                 continue

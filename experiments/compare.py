@@ -40,6 +40,9 @@ class Config:
     """Passes over the training images, of each run."""
     judge: bool = True
     """Measure calibration, out-of-distribution detection and adversarial robustness as well."""
+    strangers: Literal["none", "mnist", "mnist-5k", "fashion_mnist", "kmnist"] = "none"
+    """A second data set, whose images the networks should be unsure of, beside Gaussian noise: with
+    --judge."""
     dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
     """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
     data_dir: str | None = None
@@ -70,7 +73,7 @@ def main(config: Config) -> dict:
     dataset = data.load(config.dataset, config.data_dir)
     if dataset.warning:
         display.show_warning(dataset.warning)
-    names = ("model", "width", "depth", "epochs", "judge")
+    names = ("model", "width", "depth", "epochs", "judge", "strangers")
     shared = {name: getattr(config, name) for name in names}
     variants = {method: (method, {}) for method in dict.fromkeys(config.methods)}
     if "edge-popup" in variants:
@@ -82,7 +85,7 @@ def main(config: Config) -> dict:
         for seed in range(config.seeds)
     ]
     path = Path(config.workdir).expanduser()
-    rows = cells.run(grid, dataset, path.parent / "cells")
+    rows = cells.run(grid, dataset, path.parent / "cells", data.load_strangers(config))
     summary = cells.write_results(path, asdict(config), dataset, rows)
     save(draw(summary), path / "compare.png")
     chosen = [row for row in rows if row["method"] not in FREE_DENSITY]

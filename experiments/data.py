@@ -98,6 +98,11 @@ def load(dataset="auto", data_dir=None) -> Dataset:
         raise DataError(f"cannot use {root} ({error}); mend it or name another with --data-dir") from error
 
 
+def load_strangers(config) -> Dataset | None:
+    """The second data set that the settings name, or None for "none"; see `load`."""
+    return load(config.strangers, config.data_dir) if config.strangers != "none" else None
+
+
 def hold_out(dataset, count):
     """(`dataset` without `count` of its training images, these images, their labels), for validation.
 

@@ -202,8 +202,7 @@ def main(config: Config) -> dict:
     from experiments import data, runner  # here, so that --help answers at once
 
     dataset = data.load(config.dataset, config.data_dir)
-    strangers = data.load(config.strangers, config.data_dir) if config.strangers != "none" else None
-    return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=strangers)
+    return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=data.load_strangers(config))
 
 
 def settled(config: Config, dataset: str) -> Config:

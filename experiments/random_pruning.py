@@ -34,9 +34,11 @@ class Config:
     depth: int = 3
     """Hidden layers, in that sweep."""
     widths: tuple[int, ...] = (4, 8, 16)
-    """In the sweep over sizes, where random masks have the distribution erk."""
+    """In the sweep over sizes."""
     depths: tuple[int, ...] = (2, 4)
     """In the sweep over sizes."""
+    size_distributions: tuple[Distribution, ...] = ("erk",)
+    """In the sweep over sizes; name more for the full grid of density, distribution, width and depth."""
     seeds: int = 3
     """Repetitions, with the seeds 0, 1, ..."""
     epochs: int = 2
@@ -45,6 +47,8 @@ class Config:
     """Images per step."""
     learning_rate: float = 0.01
     """Of Adam, at the start; chosen on held-out images at density 0.1."""
+    strangers: Literal["none", "mnist", "mnist-5k", "fashion_mnist", "kmnist"] = "none"
+    """A second data set, whose images the networks should be unsure of, beside Gaussian noise."""
     dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
     """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
     data_dir: str | None = None
@@ -78,7 +82,7 @@ def main(config: Config) -> dict:
     if dataset.warning:
         display.show_warning(dataset.warning)
     path = Path(config.workdir).expanduser()
-    rows = cells.run(grid(config), dataset, path.parent / "cells")
+    rows = cells.run(grid(config), dataset, path.parent / "cells", data.load_strangers(config))
     summary = cells.write_results(path, asdict(config), dataset, rows)
     for name, picture in (("distributions.png", draw_distributions), ("sizes.png", draw_sizes)):
         figure = picture(summary)
@@ -97,7 +101,7 @@ def grid(config: Config) -> list:
     from experiments import cells
 
     densities = sorted(set(config.densities), reverse=True)
-    shared = {name: getattr(config, name) for name in ("model", "epochs", "batch_size", "learning_rate")}
+    shared = {name: getattr(config, name) for name in ("model", "epochs", "batch_size", "learning_rate", "strangers")}
     shared["judge"] = True
     found = []
 
@@ -117,8 +121,10 @@ def grid(config: Config) -> list:
     for depth in sorted(set(config.depths)):
         for width in sorted(set(config.widths)):
             add("size", "dense", "dense", 1.0, width, depth)
-            for density in densities:
-                add("size", f"random, {density:.0%} kept", "random", density, width, depth, distribution="erk")
+            for distribution in dict.fromkeys(config.size_distributions):
+                for density in densities:
+                    name = f"random, {distribution}, {density:.0%} kept"
+                    add("size", name, "random", density, width, depth, distribution=distribution)
     return found
 
 
@@ -182,7 +188,7 @@ def draw_sizes(summary: dict):
     if not rows:
         return None
     figure = new_figure(
-        f"random pruning (erk) by size · {config['model']} on {summary['dataset']} · {config['epochs']} epochs · "
+        f"random pruning by size · {config['model']} on {summary['dataset']} · {config['epochs']} epochs · "
         f"mean of {config['seeds']} seeds",
         5.6 * len(depths) + 1,
         4.6,
