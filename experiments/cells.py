@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import data, mnist, runner
-from experiments.errors import Infeasible
+from experiments.errors import Infeasible, InUse
 from experiments.style import COLOURS, MARKERS, log_axis, style_axes
 from experiments.workdir import default_path, write_json
 
@@ -60,10 +60,16 @@ def run(
             config = mnist.settled(config, dataset.name)
             path = folder / default_path(config, "cells").name
             began, fresh = time.perf_counter(), not (path / "summary.json").exists()
-            try:
-                summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", strangers, alone=False)
-            except Infeasible as error:
-                shown.left_out(labels, config.seed, error)
+            summary = None
+            while not summary:
+                try:
+                    summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", strangers, alone=False)
+                except InUse:  # another sweep trains this cell: it will be there
+                    time.sleep(1)
+                except Infeasible as error:
+                    shown.left_out(labels, config.seed, error)
+                    break
+            if not summary:
                 continue
             if fresh:
                 shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the summary is what a sweep needs

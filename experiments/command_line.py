@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import difflib
 import os
+import shlex
 import sys
 import textwrap
 import typing
@@ -13,13 +14,15 @@ from collections.abc import Callable
 import tyro
 
 from experiments.errors import UserError
+from experiments.interrupt import Interrupted
 
 
 def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: str, args: list[str] | None = None):
     """Parses flags into `config_type`, calls main(config) and exits on errors.
 
     `defaults(preset=..., method=...)` gives the fields that a preset sets; flags override them. The exit status is 0,
-    1 (the run failed: a UserError or OSError), 2 (bad flags or settings) or 130 (interrupted).
+    1 (the run failed: a UserError or OSError), 2 (bad flags or settings), 3 (asked to stop, and saved: what is printed
+    goes on with it) or 130 (interrupted where there was nothing to save).
     """
     args = sys.argv[1:] if args is None else args
     try:
@@ -29,6 +32,9 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     _keep_freed_memory()
     try:
         main(config)
+    except Interrupted as error:
+        print(f"{error} Go on with:\n{prog} {shlex.join(args)}".rstrip(), file=sys.stderr)
+        sys.exit(3)
     except UserError as error:
         _complain(error, status=1)
     except OSError as error:

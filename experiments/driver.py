@@ -44,12 +44,14 @@ class Driver:
             batch = _batch(images, labels, *chosen)
             at = state.step
             state, metrics = step(state, batch)
-            finite = jnp.isfinite(metrics["loss"]) & all_finite(getattr(state.subnet, learns))
+            leaf = first_not_finite(getattr(state.subnet, learns))
+            is_first = (totals["bad_step"] < 0) & ((leaf >= 0) | ~jnp.isfinite(metrics["loss"]))
             return state, {
                 "loss": totals["loss"] + metrics["loss"] * metrics["count"],
                 "correct": totals["correct"] + metrics["correct"],
                 "count": totals["count"] + metrics["count"],
-                "bad_step": jnp.where((totals["bad_step"] < 0) & ~finite, at, totals["bad_step"]),
+                "bad_step": jnp.where(is_first, at, totals["bad_step"]),
+                "bad_leaf": jnp.where(is_first, leaf, totals["bad_leaf"]),
             }
 
         def many(state, totals, images, labels, indices, weights):
@@ -131,8 +133,10 @@ def epoch_order(key: jax.Array, epoch: int, examples: int, batch_size: int) -> t
 
 
 def zero_totals() -> dict[str, jax.Array]:
-    """The sums over an epoch's steps before its first; `bad_step` is the first that was not finite, or -1."""
-    return {"loss": jnp.float32(0), "correct": jnp.float32(0), "count": jnp.float32(0), "bad_step": jnp.int32(-1)}
+    """The sums over an epoch's steps before its first; `bad_step` is the first that was not finite, or -1, and
+    `bad_leaf` the place of the first such leaf of what learns then, or -1 for the loss alone."""
+    sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+    return sums | {"bad_step": jnp.int32(-1), "bad_leaf": jnp.int32(-1)}
 
 
 def train_figures(totals: dict[str, jax.Array]) -> dict[str, float]:
@@ -141,6 +145,7 @@ def train_figures(totals: dict[str, jax.Array]) -> dict[str, float]:
     return {"loss": float(totals["loss"]) / count, "accuracy": float(totals["correct"]) / count, "examples": count}
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """Whether every number of the tree is finite: a sum of magnitudes is not where one of them is not."""
-    return jnp.all(jnp.isfinite(jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])))
+def first_not_finite(tree: Tree) -> jax.Array:
+    """The place of the first leaf that holds NaN or infinity, or -1: then its sum of magnitudes is not finite."""
+    finite = jnp.isfinite(jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return jnp.where(jnp.all(finite), -1, jnp.argmin(finite)).astype(jnp.int32)

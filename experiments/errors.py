@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Infeasible(UserError):
     """Settings that are well-formed, but that no mask can meet together. A sweep leaves such a cell out."""
+
+
+class InUse(UserError):
+    """A work directory that another process, which is alive, is working in."""

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from experiments import data, display, plots, recipe
 from experiments.driver import Driver, epoch_order, train_figures, zero_totals
 from experiments.errors import UserError
 from experiments.evaluation import Evaluator, Held, make_flow, noise_like
+from experiments.interrupt import Interrupted, stopping
 from experiments.methods import METHODS, Start
 from experiments.workdir import Workdir, default_path
 from supermask_jax import metrics
@@ -95,7 +97,7 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
     masks, first = measured(state.subnet)
     progress = Progress(state, zero_totals(), masks, jnp.float32(0))
 
-    with workdir.checkpoints() as checkpoints:
+    with workdir.checkpoints() as checkpoints, stopping() as asked:
         restored = checkpoints.restore(progress)
         step, (state, totals, masks, seconds) = restored or (0, progress)
         seconds = float(seconds)
@@ -115,7 +117,7 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
                     stop = min(stop, update_at) if task.update else stop
                     state, totals, elapsed = advance(state, totals, order, step - begins, stop - begins)
                     step, seconds = stop, seconds + elapsed
-                    stop_if_not_finite(int(totals["bad_step"]), workdir)
+                    stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
                     if task.update and step == update_at:
                         state = task.update(step, state, advance.batch(order, step - 1 - begins))
                     figures = train_figures(totals)
@@ -136,8 +138,9 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
                         }
                         shown.epoch(workdir.append(record))
                         masks, totals = new_masks, zero_totals()
-                    if step in (save_at, last_step):
+                    if step in (save_at, last_step) or asked():
                         checkpoints.save(step, Progress(state, totals, masks, jnp.float32(seconds)))
+                    stop_if_asked(asked, step, last_step, workdir)
 
     test = Held("test", dataset.test_images, dataset.test_labels)
     _, params = evaluator.found(state.subnet)
@@ -187,13 +190,21 @@ def _summary(config, dataset, workdir, masks, figures, seconds, compile_seconds)
     }
 
 
-def stop_if_not_finite(bad_step: int, workdir: Workdir) -> None:
-    """Raises UserError if a step was not finite. Nothing is saved after it."""
-    if bad_step >= 0:
+def stop_if_not_finite(totals: dict[str, jax.Array], learner: Tree, workdir: Workdir) -> None:
+    """Raises UserError if a step was not finite, naming it and the layer. Nothing is saved after it."""
+    step, leaf = int(totals["bad_step"]), int(totals["bad_leaf"])
+    if step >= 0:
+        what = "the loss" if leaf < 0 else list(by_path(learner))[leaf]
         raise UserError(
-            f"the loss or what learns is not finite (NaN or infinity) at step {bad_step}. The checkpoints in "
-            f"{workdir.path} are from before it. Try a lower --learning-rate with another --workdir."
+            f"{what} is not finite (NaN or infinity) at step {step}. The checkpoints in {workdir.path} are from before "
+            "it. Try a lower --learning-rate with another --workdir."
         )
+
+
+def stop_if_asked(asked: Callable[[], bool], step: int, last_step: int, workdir: Workdir) -> None:
+    """Raises Interrupted if the process was asked to stop; what is saved is at this step."""
+    if asked() and step < last_step:
+        raise Interrupted(f"stopped as asked; saved at step {step} of {last_step} in {workdir.path}.")
 
 
 def count_flips(before: Tree, after: Tree) -> dict[str, int]:

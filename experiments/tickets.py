@@ -17,7 +17,8 @@ import supermask_jax as sm
 from experiments import data, recipe
 from experiments.driver import Driver, epoch_order, zero_totals
 from experiments.evaluation import Evaluator, Held
-from experiments.runner import stop_if_not_finite
+from experiments.interrupt import stopping
+from experiments.runner import stop_if_asked, stop_if_not_finite
 from experiments.workdir import Checkpoints, Workdir, read_arrays, read_json, write_arrays, write_json
 from supermask_jax import lottery, models
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
@@ -137,7 +138,7 @@ class Trainer:
         drawn = jax.tree.map(jnp.copy, network.weights)
         curve = jnp.full((len(at), len(CURVE)), jnp.nan)
         start = _Progress(state, zero_totals(), drawn, curve, jnp.float32(0))
-        with Checkpoints(checkpoint_dir) as checkpoints:
+        with Checkpoints(checkpoint_dir) as checkpoints, stopping() as asked:
             step, (state, totals, drawn, curve, seconds) = checkpoints.restore(start) or (first, start)
             curve, seconds = np.array(curve), float(seconds)
             if step > first:
@@ -152,15 +153,16 @@ class Trainer:
                 order = self._order(network.order, epoch)
                 state, totals, elapsed = self._advance(state, totals, order, step - begins, stop - begins)
                 step, seconds = stop, seconds + elapsed
-                stop_if_not_finite(int(totals["bad_step"]), self._workdir)
+                stop_if_not_finite(totals, state.subnet.weights, self._workdir)
                 if step == draw_at:
                     drawn = jax.tree.map(jnp.copy, state.subnet.weights)
                 if step in at:
                     curve[at.index(step)] = self._row(state.subnet)
                     self._report(network.name, step, dict(zip(CURVE, curve[at.index(step)], strict=True)))
-                if step == save_at and step < last:
+                if (step == save_at or asked()) and step < last:
                     values = _Progress(state, totals, drawn, jnp.asarray(curve), jnp.float32(seconds))
                     checkpoints.save(step, values)
+                stop_if_asked(asked, step, last, self._workdir)
         counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(network.masks).items()}
         record = {
             "name": network.name,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,7 +18,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from experiments.errors import UserError
+from experiments.errors import InUse, UserError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
 
 A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
 SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
@@ -50,6 +56,7 @@ class Workdir:
         record = json.loads(json.dumps(record))  # as it will be read again: a tuple becomes a list
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
             if (self.path / "config.json").exists():
                 self._refuse_other_settings(record)
             elif found := [name for name in A_RUNS_FILES if (self.path / name).exists()]:
@@ -141,6 +148,38 @@ class Workdir:
 
     def checkpoints(self) -> "Checkpoints":
         return Checkpoints(self.path / "checkpoints")
+
+
+class _Lock:
+    """The lock of an open directory. It ends with this object, or with the process, however that ends."""
+
+    _directory = None
+
+    def __init__(self, path: Path):
+        self._directory = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUse(
+                f"another process is working in {path}. Wait until it ends, or name another --workdir."
+            ) from error
+
+    def __del__(self):
+        if self._directory is not None:
+            os.close(self._directory)
+
+
+_locks = weakref.WeakValueDictionary()  # one for each directory, however often this process opens it
+
+
+def _lock(path: Path) -> _Lock | None:
+    """Keeps other processes out of the directory as long as the object lives. None where there are no such locks."""
+    if fcntl is None:
+        return None
+    path = path.resolve()
+    if (lock := _locks.get(path)) is None:
+        lock = _locks[path] = _Lock(path)
+    return lock
 
 
 class Checkpoints:

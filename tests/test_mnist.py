@@ -149,6 +149,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_
     assert done.returncode == 1
     text = " ".join(done.stderr.split())
     assert "is not finite (NaN or infinity) at step" in text and "Traceback" not in text
+    assert "error: Dense_0/kernel is not finite" in text
     step = int(text.split("at step ")[1].split(".")[0])
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert max(saved, default=0) == step

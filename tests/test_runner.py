@@ -84,8 +84,9 @@ def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(dataset):
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 def test_finite_means_every_number(value):
     tree = {"a": jnp.ones((3, 3)), "b": None, "c": jnp.zeros(4)}
-    assert driver.all_finite(tree)
-    assert not driver.all_finite({**tree, "c": jnp.zeros(4).at[2].set(value)})
+    assert driver.first_not_finite(tree) == -1
+    assert driver.first_not_finite({**tree, "c": jnp.zeros(4).at[2].set(value)}) == 1
+    assert driver.first_not_finite({**tree, "a": jnp.full((3, 3), value), "c": jnp.full(4, value)}) == 0
 
 
 # Evaluation.
