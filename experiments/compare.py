@@ -102,7 +102,7 @@ def draw(summary: dict):
 
     from experiments import cells
     from experiments.mnist import FREE_DENSITY
-    from experiments.style import COLOURS, log_axis, new_figure
+    from experiments.style import log_axis, new_figure
 
     rows, config = summary["rows"], summary["config"]
     masked = [row for row in rows if row["method"] not in FREE_DENSITY]
@@ -135,7 +135,7 @@ def draw(summary: dict):
                 continue
             level = float(np.mean([row[y] for row in found]))
             level = 100 * (1 - level) if accuracy else level
-            colour = "black" if method == "dense" else COLOURS[3]
+            colour = "black"
             if method == "dense":
                 ax.axhline(level, color=colour, linestyle=":", linewidth=1.3, label="dense, all weights")
             else:

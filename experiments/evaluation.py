@@ -143,7 +143,7 @@ def make_flow(loss_fn: Callable, batch: dict) -> Callable[[Tree, Tree], float]:
 
 
 def noise_like(dataset: data.Dataset, seed: int, examples: int = 2000) -> np.ndarray:
-    """uint8 images of Gaussian noise with the mean and deviation of the data set's pixels, so that neither tells."""
+    """uint8 images of Gaussian noise, its mean and deviation those of the data set's pixels before it is clipped."""
     shape = (examples, *dataset.test_images.shape[1:])
     pixels = np.random.default_rng(seed).normal(dataset.mean, dataset.std, shape)
     return np.clip(255 * pixels, 0, 255).round().astype(np.uint8)

@@ -12,7 +12,7 @@ import optax
 import supermask_jax as sm
 from experiments import recipe
 from experiments.driver import compiling
-from experiments.errors import Infeasible, UserError
+from experiments.errors import Infeasible
 from supermask_jax import densities, dynamic, lottery, saliency
 from supermask_jax.selection import random_scores
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes, prunable
@@ -21,6 +21,7 @@ GRASP_TEMPERATURE = 200  # of the published code
 ROUNDS = {"synflow": 100}  # as published; the others prune in one
 SCORED_IMAGES = 10  # of each class, that saliencies are computed from; as published for GraSP
 SETTLED = 0.75  # the part of training after which masks no longer change; as published for RigL
+FEWEST_UPDATES = 4  # until then, in training too short for --update-every
 
 
 class Task(NamedTuple):
@@ -31,7 +32,8 @@ class Task(NamedTuple):
     subnet: sm.Subnet
     learns: str
     sampled: bool = False  # whether masks are drawn: then a network is many, and evaluated as such
-    update: Callable[[int, sm.TrainState, Any], sm.TrainState] | None = None  # (step, state, batch), between steps
+    update: Callable[[int, sm.TrainState, Any], sm.TrainState] | None = None  # (step, state, batch), between steps ...
+    update_every: int = 0  # ... so many of them
 
 
 class Start(NamedTuple):
@@ -73,7 +75,7 @@ def fixed(criterion: str, start: Start) -> Task:
 
 def gradual(start: Start) -> Task:
     """Zhu & Gupta 2017: dense at first, then fewer and fewer of the largest weights."""
-    end = _last_update(start)
+    every, end = _updates(start)
 
     def update(step: int, state: sm.TrainState, batch) -> sm.TrainState:
         if step > end:
@@ -88,7 +90,7 @@ def gradual(start: Start) -> Task:
             masks = dynamic.magnitude_masks(weights, masks, {path: now(float(d)) for path, d in final.items()})
         return dynamic.replace_masks(state, start.tx, masks)
 
-    return _weights_learn(start, lottery.full_masks(start.weights), update)
+    return _weights_learn(start, lottery.full_masks(start.weights), update, every)
 
 
 def sparse_evolutionary(start: Start) -> Task:
@@ -198,13 +200,14 @@ def _by_rank(criterion: str, start: Start) -> Tree:
     return saliency.iterative(_scores_by(criterion, start), config.density, rounds, config.minimum)
 
 
-def _weights_learn(start: Start, masks: Tree, update=None) -> Task:
-    return Task(sm.identity, sm.identity, sm.Subnet(start.weights, masks), "weights", update=update)
+def _weights_learn(start: Start, masks: Tree, update=None, every: int = 0) -> Task:
+    subnet = sm.Subnet(start.weights, masks)
+    return Task(sm.identity, sm.identity, subnet, "weights", update=update, update_every=every)
 
 
 def _rewired(start: Start, growth: Callable[[int, sm.TrainState, Any], Tree]) -> Task:
     """Random masks whose smallest weights make room, at every update, for those of the highest `growth` score."""
-    end = _last_update(start)
+    every, end = _updates(start)
 
     def update(step: int, state: sm.TrainState, batch) -> sm.TrainState:
         if step >= end:
@@ -213,15 +216,14 @@ def _rewired(start: Start, growth: Callable[[int, sm.TrainState, Any], Tree]) ->
         masks = dynamic.drop_and_grow(*state.subnet, growth(step, state, batch), fraction)
         return dynamic.replace_masks(state, start.tx, masks)
 
-    return _weights_learn(start, masks_by("random", start), update)
+    return _weights_learn(start, masks_by("random", start), update, every)
 
 
-def _last_update(start: Start) -> int:
-    """The last step at which masks change: a multiple of --update-every."""
-    every = start.config.update_every
-    if every > start.steps:
-        raise UserError(f"--update-every {every} is never reached: training has {start.steps} steps.")
-    return max(int(SETTLED * start.steps) // every, 1) * every
+def _updates(start: Start) -> tuple[int, int]:
+    """(steps between changes of the masks, the step of the last one)."""
+    settled = int(SETTLED * start.steps)
+    every = min(start.config.update_every, max(settled // FEWEST_UPDATES, 1))
+    return every, max(settled // every, 1) * every
 
 
 def _where(start: Start) -> Callable[[str, jax.Array], bool]:

@@ -91,7 +91,8 @@ class Config:
     minimum: int = 0
     """Weights that ranking all layers together leaves in each at least."""
     update_every: int = 100
-    """Steps between changes of the masks, until three quarters of training: gradual, set, rigl."""
+    """Steps between changes of the masks, until three quarters of training: gradual, set, rigl. Fewer where training is
+    too short for four."""
     drop_fraction: float = 0.3
     """What part of the kept weights set and rigl exchange at first; it falls to 0 along a cosine."""
     init: Literal[
@@ -206,9 +207,10 @@ def main(config: Config) -> dict:
 
 
 def settled(config: Config, dataset: str) -> Config:
-    """The settings with the name of the images found; those that the method ignores all alike, so that one run has one
-    name for its directory."""
+    """The settings with the name of the images found; those that the method or the model ignores all alike, so that one
+    run has one name for its directory."""
     free = {"density": 1.0, "distribution": "uniform"} if config.method in FREE_DENSITY else {}
+    free |= {"width": Config.width, "depth": Config.depth} if config.model not in ("mlp", "cnn") else {}
     return replace(config, dataset=dataset, **free)
 
 

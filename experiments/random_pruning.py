@@ -123,7 +123,7 @@ def grid(config: Config) -> list:
             add("size", "dense", "dense", 1.0, width, depth)
             for distribution in dict.fromkeys(config.size_distributions):
                 for density in densities:
-                    name = f"random, {distribution}, {density:.0%} kept"
+                    name = f"random, {distribution}, {100 * density:g}% kept"
                     add("size", name, "random", density, width, depth, distribution=distribution)
     return found
 

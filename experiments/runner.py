@@ -112,13 +112,13 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
                 begins, ends = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
                 order = epoch_order(leaf_key(key, "order"), epoch, examples, config.batch_size)
                 while step < ends:
-                    save_at, update_at = _next(config.checkpoint_every, step), _next(config.update_every, step)
-                    stop = min(ends, save_at, step + max(REPORT_EVERY, advance.steps_per_call))
-                    stop = min(stop, update_at) if task.update else stop
+                    save_at = _next(config.checkpoint_every, step)
+                    update_at = _next(task.update_every, step) if task.update else last_step + 1
+                    stop = min(ends, save_at, update_at, step + max(REPORT_EVERY, advance.steps_per_call))
                     state, totals, elapsed = advance(state, totals, order, step - begins, stop - begins)
                     step, seconds = stop, seconds + elapsed
                     stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
-                    if task.update and step == update_at:
+                    if step == update_at:
                         state = task.update(step, state, advance.batch(order, step - 1 - begins))
                     figures = train_figures(totals)
                     rate = (epoch * examples + figures["examples"]) / seconds

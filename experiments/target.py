@@ -1,6 +1,5 @@
 """The constructive half of `experiments.pruning_only`: a trained target, and random networks pruned to be like it."""
 
-import dataclasses
 import sys
 import time
 
@@ -28,8 +27,7 @@ def construct(config, dataset: data.Dataset) -> dict:
       part of the deviation of the target's; its test accuracy; how many weights it has and keeps.
     """
     console, key = Console(file=sys.stdout), jax.random.key(0)
-    pixels = dataclasses.replace(dataset, mean=0.0, std=1.0)  # the construction needs inputs >= 0
-    model, params = train(pixels, key)
+    model, params = train(dataset, key)
     kernels = [leaf for _, leaf in sorted(by_path(params).items())]
     wanted = logits_of(model, params, dataset.test_images)
     labels = dataset.test_labels
@@ -75,7 +73,8 @@ def train(dataset: data.Dataset, key: jax.Array):
     examples = len(dataset.train_labels)
     per_epoch = -(-examples // config.batch_size)
     tx = recipe.make_optimizer(config, recipe.make_schedule(config, per_epoch))
-    step = sm.make_train_step(sm.identity, recipe.make_loss(model, 0.0, 1.0), tx, learns="weights")
+    loss_fn = recipe.make_loss(model, 0.0, 1.0)  # pixels stay in [0, 1]: the construction needs inputs >= 0
+    step = sm.make_train_step(sm.identity, loss_fn, tx, learns="weights")
     advance = Driver(step, "weights", dataset, recipe.steps_per_call(config))
     subnet = sm.Subnet(weights, jax.tree.map(lambda _: None, weights))
     state, totals = sm.init_state(subnet, tx, leaf_key(key, "train"), learns="weights"), zero_totals()

@@ -24,7 +24,7 @@ CHANGED = ("gradual", "set", "rigl")  # masks change while weights learn
 
 
 def config(method, density=0.3, **more):
-    rates = {"learning_rate": RATES.get(method, 0.05), "weight_decay": 1e-3, "momentum": 0.9, "update_every": 2}
+    rates = {"learning_rate": RATES.get(method, 0.05), "weight_decay": 1e-3, "momentum": 0.9}
     more = {"model": "lenet-300-100", **rates, **more}
     return dataclasses.replace(Config(), method=method, density=density, **more)
 
@@ -53,7 +53,7 @@ def advance(task, state, step, steps):
     metrics = None
     for _ in range(steps):
         state, metrics = step(state, batch())
-        if task.update and int(state.step) % 2 == 0:
+        if task.update and int(state.step) % task.update_every == 0:
             state = task.update(int(state.step), state, batch())
     return state, metrics
 
@@ -142,6 +142,14 @@ def test_masks_that_are_to_change_do_and_gradual_only_ever_loses(method):
     assert all(not np.array_equal(before[path], after[path]) for path in before)
     came_back = [np.any(np.asarray(after[path]) > np.asarray(before[path])) for path in before]
     assert not any(came_back) if method == "gradual" else all(came_back)
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "every", "end"), [(6, 100, 1, 4), (126, 100, 23, 92), (9380, 100, 100, 7000)]
+)
+def test_masks_change_four_times_at_least_and_settle_at_three_quarters(steps, asked, every, end):
+    settings = config("set", update_every=asked)
+    assert methods._updates(methods.Start(settings, None, None, None, None, steps=steps)) == (every, end)
 
 
 @pytest.mark.parametrize("method", CHANGED)

@@ -198,32 +198,47 @@ def test_rows_are_grouped_in_their_order_and_those_without_a_value_left_out():
 # Random pruning.
 
 
-def test_random_pruning_from_end_to_end(tmp_path, capsys):
+def test_random_pruning_from_end_to_end(tmp_path, monkeypatch, capsys):
     choice = {"densities": (0.3,), "distributions": ("erk", "erk+", "snip"), "methods": ("set", "synflow"), "seeds": 1}
-    network = {"model": "cnn", "width": 2, "depth": 2, "widths": (2,), "depths": (1,)}
-    training = {"epochs": 1, "batch_size": 15, "dataset": "mnist-5k"}  # 267 steps, so that set has two updates
-    path = tmp_path / "random_pruning"
+    network = {"model": "cnn", "width": 2, "depth": 2, "widths": (2,), "depths": (2,)}
+    training = {"epochs": 1, "batch_size": 15, "dataset": "mnist-5k"}  # 267 steps: set changes its masks once
+    path, names = tmp_path / "random_pruning", trained(monkeypatch)
     summary = random_pruning.main(random_pruning.Config(**choice, **network, **training, workdir=str(path)))
-    names = ("part", "name", "asked", "width", "depth", "seed")
-    assert [tuple(row[name] for name in names) for row in summary["rows"]] == [
+    labels = ("part", "name", "asked", "width", "depth", "seed")
+    assert [tuple(row[label] for label in labels) for row in summary["rows"]] == [
         ("distribution", "dense", 1.0, 2, 2, 0),
         ("distribution", "random, erk", 0.3, 2, 2, 0),
         ("distribution", "random, snip", 0.3, 2, 2, 0),
         ("distribution", "set", 0.3, 2, 2, 0),
         ("distribution", "synflow", 0.3, 2, 2, 0),
-        ("size", "dense", 1.0, 2, 1, 0),
-        ("size", "random, 30% kept", 0.3, 2, 1, 0),
+        ("size", "dense", 1.0, 2, 2, 0),
+        ("size", "random, erk, 30% kept", 0.3, 2, 2, 0),
     ]
+    assert len(set(names)) == 6  # one of them was left out: what both sweeps ask for is trained once
     for row in summary["rows"]:
-        size = 9 * 2 + 9 * 2 * 2 * (row["depth"] - 1) + 2 * 2 * 2 * 10
+        size = 9 * 2 + 9 * 2 * 2 + 2 * 2 * 2 * 10
         assert set(row) >= FIGURES | JUDGED and row["steps"] == 267 and 0 < row["test_accuracy"] < 1
         assert 0 <= row["parameters"] - row["asked"] * size <= 3  # each layer rounds up
     (left_out,) = (line for line in capsys.readouterr().out.splitlines() if "left out" in line)
     assert "random, erk+" in left_out and "the density must be at least 0.597" in left_out  # its last layer alone
+    (rewired,) = (tmp_path / "cells").glob("set-*/metrics.jsonl")
+    assert sum(json.loads(rewired.read_text().splitlines()[-1])["flips"].values()) > 0
     assert written(path) == json.loads(json.dumps(summary))
     assert {file.name for file in path.iterdir()} == {"summary.json", "distributions.png", "sizes.png"}
     for picture in path.glob("*.png"):
         assert_is_a_picture(picture)
+
+
+def test_every_size_is_trained_dense_and_at_each_density():
+    settings = random_pruning.Config(densities=(0.2, 0.7), widths=(8, 4), depths=(2, 1), seeds=2)
+    grid = [cell for cell in random_pruning.grid(settings) if cell.labels["part"] == "size"]
+    sizes = [(cell.config.depth, cell.config.width) for cell in grid]
+    assert sizes == [size for size in ((1, 4), (1, 8), (2, 4), (2, 8)) for _ in range(6)]
+    for i, cell in enumerate(grid):
+        method, density = (("dense", 1.0), ("random", 0.7), ("random", 0.2))[i // 2 % 3]
+        assert (cell.config.method, cell.config.density, cell.config.seed) == (method, density, i % 2)
+        assert (cell.labels["width"], cell.labels["asked"]) == (cell.config.width, density)
+        assert method == "dense" or cell.config.distribution == "erk"
 
 
 def test_without_sizes_there_is_no_picture_of_sizes():
