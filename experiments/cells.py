@@ -4,6 +4,7 @@ A cell lies in a directory named after its settings. A sweep that is interrupted
 widened, or another that asks for the same cell, finds it there.
 """
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -18,13 +19,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import data, mnist, runner
-from experiments.errors import Infeasible, InUse
+from experiments import data, display, mnist, runner
+from experiments.errors import Diverged, Infeasible, InUse, UserError
 from experiments.style import COLOURS, MARKERS, log_axis, style_axes
 from experiments.workdir import default_path, write_json
 
 NEVER = 10**9  # a cell takes seconds: it is saved when it ends
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
+FIGURES |= {"test_sampled_accuracy"}  # of methods that draw masks
 JUDGED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
 
 
@@ -51,8 +53,8 @@ def run(
 ) -> list[dict]:
     """A row for each cell, in their order: its labels, its seed and its figures.
 
-    Each cell leaves its files in a directory of `folder`; a finished one is read from there. One whose density and
-    distribution cannot be had together is left out, and its line says why.
+    Each cell leaves its files in a directory of `folder`; a finished one is read from there. One that cannot be had, or
+    whose training diverges, is left out, and its line says why.
     """
     rows, cells = [], list(cells)
     with _Display(len(cells)) as shown:
@@ -64,9 +66,10 @@ def run(
             while not summary:
                 try:
                     summary = runner.fit(replace(config, workdir=str(path)), dataset, "cells", strangers, alone=False)
-                except InUse:  # another sweep trains this cell: it will be there
+                except InUse as error:  # another sweep trains this cell: it will be there
+                    shown.wait(error)
                     time.sleep(1)
-                except Infeasible as error:
+                except (Infeasible, Diverged) as error:
                     shown.left_out(labels, config.seed, error)
                     break
             if not summary:
@@ -80,19 +83,36 @@ def run(
     return rows
 
 
-def write_results(path: Path, config: Mapping[str, Any], dataset: data.Dataset, rows: list[dict], **more) -> dict:
-    """Writes summary.json of a sweep: its settings, what it ran on, and its rows; returns it."""
+def open_data(config) -> data.Dataset:
+    """The data set that a sweep's settings name; a warning that comes with it is shown."""
+    dataset = data.load(config.dataset, config.data_dir)
+    if dataset.warning:
+        display.show_warning(dataset.warning)
+    return dataset
+
+
+def carry_out(config, grid: Iterable[Cell], dataset: data.Dataset, **more) -> tuple[Path, dict]:
+    """Runs, or finishes, the cells of a sweep and writes its summary.json: settings, versions, `more`, a row a cell.
+
+    Returns:
+      The sweep's directory, which its settings name, and the summary. The cells lie in cells/ beside that directory.
+    """
+    path = Path(config.workdir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error}); name another with --workdir") from error
+    strangers = data.load_strangers(config, dataset.name) if hasattr(config, "strangers") else None
     summary = {
         "dataset": dataset.name,
         "data_source": dataset.source,
-        "config": dict(config),
+        "config": dataclasses.asdict(config),
         "versions": runner.versions(),
         **more,
-        "rows": rows,
+        "rows": run(grid, dataset, path.parent / "cells", strangers),
     }
-    path.mkdir(parents=True, exist_ok=True)
     write_json(path / "summary.json", summary)
-    return summary
+    return path, summary
 
 
 def grouped(rows: list[dict], by: str, x: str, y: str) -> dict[Any, dict[Any, list[float]]]:
@@ -104,13 +124,35 @@ def grouped(rows: list[dict], by: str, x: str, y: str) -> dict[Any, dict[Any, li
     return groups
 
 
-def draw_lines(ax, groups: Mapping[Any, Mapping[Any, list[float]]], x: str, y: str, accuracy: bool = False) -> None:
+def at_mean(rows: list[dict], by: str, at: str, x: str) -> list[dict]:
+    """The rows with `x` replaced by its mean over the seeds of a group: one place on the axis for all of them."""
+    means = {}
+    for row in rows:
+        means.setdefault((row[by], row[at]), []).append(row[x])
+    return [row | {x: float(np.mean(means[row[by], row[at]]))} for row in rows]
+
+
+def seeds(number: int) -> str:
+    """What a title says of the lines that are drawn."""
+    return f"mean of {number} seeds, band from lowest to highest" if number > 1 else "1 seed"
+
+
+def draw_lines(
+    ax,
+    groups: Mapping[Any, Mapping[Any, list[float]]],
+    x: str,
+    y: str,
+    accuracy: bool = False,
+    names: list | None = None,
+) -> None:
     """A line for each group: the mean over the seeds, in a band from the lowest to the highest.
 
-    With `accuracy` the values are fractions, drawn in percent on a log scale of the error.
+    With `accuracy` the values are fractions, drawn in percent on a log scale of the error. `names`: all that the
+    figure shows, in an order that gives each its colour in every panel.
     """
     drawn = []
-    for i, (name, points) in enumerate(groups.items()):
+    for name, points in groups.items():
+        i = (names or list(groups)).index(name)
         at = sorted(points)
         values = [np.array(points[place]) for place in at]
         values = [100 * (1 - v) for v in values] if accuracy else values
@@ -151,7 +193,7 @@ class _Display:
     """A line for each cell, and on a terminal a bar over all of them."""
 
     def __init__(self, cells: int):
-        self._console, self._cells, self._done = Console(file=sys.stdout), cells, 0
+        self._console, self._cells, self._done, self._waited = Console(file=sys.stdout), cells, 0, None
         self._progress = Progress(
             TextColumn("cell {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -173,6 +215,12 @@ class _Display:
     def cell(self, labels: Mapping[str, Any], seed: int, summary: dict, seconds: float | None) -> None:
         took = "found finished" if seconds is None else f"{seconds:.0f} s"
         self._line(labels, seed, f"test accuracy {summary['test_accuracy']:.2%}  {took}")
+
+    def wait(self, why: Exception) -> None:
+        """Says why, once for each cell."""
+        if self._waited != self._done:
+            self._waited = self._done
+            self._console.print(f"waiting: {why}", highlight=False, markup=False, soft_wrap=True)
 
     def left_out(self, labels: Mapping[str, Any], seed: int, why: Exception) -> None:
         self._line(labels, seed, f"left out: {why}")

@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Callable
 
 import tyro
@@ -30,6 +31,7 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     except UserError as error:
         _complain(error, status=2)
     _keep_freed_memory()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a user's eye needs no line of code
     try:
         main(config)
     except Interrupted as error:
@@ -43,7 +45,10 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
             status=1,
         )
     except KeyboardInterrupt:
-        _complain("interrupted. Give the same command again: a run goes on from its last checkpoint.", status=130)
+        text = "error: interrupted. Give the same command again: a run goes on from its last checkpoint."
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # at once: a compilation may be under way in another thread, and ending in order would crash
 
 
 def parse(config_type: type, defaults: Callable[..., dict], prog: str, args: list[str]):

@@ -98,9 +98,13 @@ def load(dataset="auto", data_dir=None) -> Dataset:
         raise DataError(f"cannot use {root} ({error}); mend it or name another with --data-dir") from error
 
 
-def load_strangers(config) -> Dataset | None:
-    """The second data set that the settings name, or None for "none"; see `load`."""
-    return load(config.strangers, config.data_dir) if config.strangers != "none" else None
+def load_strangers(config, dataset: str) -> Dataset | None:
+    """The second data set that the settings name, or None for "none"; see `load`. UserError if it is the first."""
+    if config.strangers == "none":
+        return None
+    if {config.strangers, dataset} <= {"mnist", "mnist-5k"} or config.strangers == dataset:
+        raise UserError(f"--strangers {config.strangers} are no strangers to a network that is trained on {dataset}.")
+    return load(config.strangers, config.data_dir)
 
 
 def hold_out(dataset, count):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from experiments import command_line
-from experiments.errors import UserError
+from experiments.errors import UserError, require
 
 # Frankle & Carbin 2019, table 1 (LeNet): Adam 1.2e-3, batches of 60, 20 % a round, the output layer at half of it.
 PRESETS = {"short": {}, "paper": {"steps": 50_000, "rounds": 20, "trials": 5, "checkpoint_every": 10_000}}
@@ -120,7 +120,8 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        for name, valid, says in (
+        require(
+            self,
             ("rounds", self.rounds >= 1, "1 or more"),
             ("fraction", 0 < self.fraction < 1, "the part of what is left that a round removes, in (0, 1)"),
             ("density", self.density is None or 0 < self.density < 1, "the fraction kept, in (0, 1)"),
@@ -136,9 +137,7 @@ class Config:
             ("eval_every", self.eval_every >= 1, "1 or more steps"),
             ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
-        ):
-            if not valid:
-                raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
+        )
         for wrong, says in (
             (
                 round(self.prune_at * self.steps) <= self.rewind_step,

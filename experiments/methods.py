@@ -21,7 +21,7 @@ GRASP_TEMPERATURE = 200  # of the published code
 ROUNDS = {"synflow": 100}  # as published; the others prune in one
 SCORED_IMAGES = 10  # of each class, that saliencies are computed from; as published for GraSP
 SETTLED = 0.75  # the part of training after which masks no longer change; as published for RigL
-FEWEST_UPDATES = 4  # until then, in training too short for --update-every
+FEWEST_UPDATES = 5  # until then, in training too short for --update-every
 
 
 class Task(NamedTuple):
@@ -76,18 +76,22 @@ def fixed(criterion: str, start: Start) -> Task:
 def gradual(start: Start) -> Task:
     """Zhu & Gupta 2017: dense at first, then fewer and fewer of the largest weights."""
     every, end = _updates(start)
+    is_global = start.config.distribution == "global"
+    final = start.config.density if is_global else layer_densities(start)
+    final = final if isinstance(final, Mapping) or is_global else dict.fromkeys(prunable(start.weights), final)
 
     def update(step: int, state: sm.TrainState, batch) -> sm.TrainState:
         if step > end:
             return state
+
+        def now(density):  # in the end as it was given: a fraction would be rounded, and one weight too many kept
+            return density if step == end else dynamic.cubic_density(step, 0, end, float(density))
+
         weights, masks = state.subnet
-        now = partial(dynamic.cubic_density, step, 0, end)
-        if start.config.distribution == "global":
-            masks = sm.global_masks(saliency.magnitude(weights), now(start.config.density), masks)
+        if is_global:
+            masks = sm.global_masks(saliency.magnitude(weights), now(final), masks)
         else:
-            final = layer_densities(start)
-            final = final if isinstance(final, Mapping) else dict.fromkeys(by_path(masks), final)
-            masks = dynamic.magnitude_masks(weights, masks, {path: now(float(d)) for path, d in final.items()})
+            masks = dynamic.magnitude_masks(weights, masks, {path: now(density) for path, density in final.items()})
         return dynamic.replace_masks(state, start.tx, masks)
 
     return _weights_learn(start, lottery.full_masks(start.weights), update, every)
@@ -178,6 +182,8 @@ def _scores_by(criterion: str, start: Start) -> Callable[[Tree | None], Tree]:
         case "grasp":
             batch, loss_fn = start.sample(SCORED_IMAGES), start.make_loss(temperature=GRASP_TEMPERATURE)
             half = len(batch["label"]) // 2  # as published: one half of the classes, then the other
+            if not half:
+                raise Infeasible("grasp needs two training images or more")
             seen = [{name: part[at] for name, part in batch.items()} for at in (slice(half), slice(half, None))]
             score = compiling(lambda weights, seen, masks: saliency.grasp(loss_fn, weights, seen, masks=masks, key=key))
         case "synflow":
@@ -197,7 +203,11 @@ def _by_rank(criterion: str, start: Start) -> Tree:
     """Masks of the settings' density that a criterion chooses over all layers together, in rounds."""
     config = start.config
     rounds = config.rounds or ROUNDS.get(criterion, 1)
-    return saliency.iterative(_scores_by(criterion, start), config.density, rounds, config.minimum)
+    score = _scores_by(criterion, start)
+    try:
+        return saliency.iterative(score, config.density, rounds, config.minimum)
+    except ValueError as error:
+        raise Infeasible(f"{criterion} at --density {config.density}: {error}") from error
 
 
 def _weights_learn(start: Start, masks: Tree, update=None, every: int = 0) -> Task:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from experiments import command_line
-from experiments.errors import UserError
+from experiments.errors import UserError, require
 
 WEIGHTS_LEARN = {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1}
 REWIRED = {**WEIGHTS_LEARN, "distribution": "erk"}
@@ -87,12 +87,12 @@ class Config:
     unit: Literal["weight", "neuron"] = "weight"
     """What edge-popup keeps or drops: single weights, or whole neurons and channels of all layers but the last."""
     rounds: int = 0
-    """In how many rounds snip, grasp, synflow or magnitude prune before training. 0: one, and 100 of synflow."""
+    """In how many rounds snip, grasp, synflow or magnitude rank all layers together. 0: in one, and 100 of synflow."""
     minimum: int = 0
     """Weights that ranking all layers together leaves in each at least."""
     update_every: int = 100
     """Steps between changes of the masks, until three quarters of training: gradual, set, rigl. Fewer where training is
-    too short for four."""
+    too short for five."""
     drop_fraction: float = 0.3
     """What part of the kept weights set and rigl exchange at first; it falls to 0 along a cosine."""
     init: Literal[
@@ -105,7 +105,7 @@ class Config:
     ] = "signed-constant"
     """What the weights are drawn from; signed-deviation: the signs of a glorot-normal draw times its deviation."""
     scale_weights: bool = False
-    """Scale the weights by sqrt(1 / density), as in the paper."""
+    """Scale the weights by sqrt(1 / --density), as in the paper; also where layers keep other parts."""
     rescale: bool = False
     """Multiply each layer's masks by its size / number of ones, so that few weights weigh as much as all: bernoulli."""
     epochs: int = 10
@@ -148,7 +148,8 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        for name, valid, says in (
+        require(
+            self,
             ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
             ("epochs", self.epochs >= 1, "1 or more"),
@@ -166,9 +167,7 @@ class Config:
             ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
+        )
         if self.dropout and self.model != "convnet":
             raise UserError(f"Dropout is the convnet's, {self.model} was published without: say --no-dropout.")
         if self.scale_weights and self.method in FREE_DENSITY:
@@ -180,8 +179,14 @@ class Config:
         if self.distribution == "global" and self.method in ("edge-popup", "set", "rigl"):
             valid = "uniform, uniform+, er, erk, erk+, snip, grasp, synflow"
             raise UserError(f"{self.method} needs a --distribution that says what part of each layer: {valid}.")
-        if self.minimum and self.distribution not in ("global", "snip", "grasp", "synflow"):
-            raise UserError(f"--minimum is for layers ranked together; --distribution {self.distribution} ranks each.")
+        together = self.distribution in ("snip", "grasp", "synflow")
+        together |= self.distribution == "global" and self.method != "gradual"
+        for name in ("minimum", "rounds"):
+            if getattr(self, name) and not together:
+                raise UserError(
+                    f"--{name} is for layers that are ranked together before training; --method {self.method} "
+                    f"--distribution {self.distribution} does not."
+                )
         if self.strangers != "none" and not self.judge:
             raise UserError("--strangers are what a network is judged on: add --judge.")
 
@@ -203,7 +208,8 @@ def main(config: Config) -> dict:
     from experiments import data, runner  # here, so that --help answers at once
 
     dataset = data.load(config.dataset, config.data_dir)
-    return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=data.load_strangers(config))
+    strangers = data.load_strangers(config, dataset.name)
+    return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=strangers)
 
 
 def settled(config: Config, dataset: str) -> Config:

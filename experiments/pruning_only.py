@@ -1,17 +1,16 @@
 """Is pruning all you need? Width and depth decide: `python -m experiments.pruning_only`.
 
 Two halves after Malach et al. 2020. Constructive: a trained MLP is approximated by choosing, for each of its weights, a
-subset of the random products of a wider random network. Learned: what edge-popup finds in networks of several widths,
-depths and training sets. Each learned cell is a run of `experiments.mnist`; interrupted or widened, a sweep goes on
-with the cells that are there.
+subset of the random products of a wider random network; that takes a minute, and is computed anew. Learned: what
+edge-popup finds in networks of several widths, depths and training sets. Each learned cell is a run of
+`experiments.mnist`; interrupted or widened, a sweep goes on with the cells that are there.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from experiments import command_line
-from experiments.errors import UserError
+from experiments.errors import require
 
 Part = Literal["construction", "width", "depth", "narrow", "data"]
 Family = Literal["mlp", "cnn"]
@@ -53,7 +52,8 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        for name, valid, says in (
+        require(
+            self,
             ("parts", len(self.parts) >= 1, "one or more parts"),
             ("families", len(self.families) >= 1, "one or more families"),
             ("construction_widths", all(1 <= w <= 32 for w in self.construction_widths), "each in [1, 32]"),
@@ -61,23 +61,18 @@ class Config:
             ("seeds", self.seeds >= 1, "1 or more"),
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
-        ):
-            if not valid:
-                raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
+        )
 
 
 def main(config: Config) -> dict:
     """Runs, or finishes, every part, draws the pictures and returns what it writes to summary.json."""
-    from experiments import cells, data, display, target
+    from experiments import cells, target
     from experiments.style import save
 
-    dataset = data.load(config.dataset, config.data_dir)
-    if dataset.warning:
-        display.show_warning(dataset.warning)
-    path = Path(config.workdir).expanduser()
+    dataset = cells.open_data(config)
     built = target.construct(config, dataset) if "construction" in config.parts else {}
-    rows = cells.run(grid(config, len(dataset.train_labels)), dataset, path.parent / "cells")
-    summary = cells.write_results(path, asdict(config), dataset, rows, construction=built)
+    path, summary = cells.carry_out(config, grid(config, len(dataset.train_labels)), dataset, construction=built)
+    rows = summary["rows"]
     if built:
         save(target.draw(summary), path / "construction.png")
     if rows:
@@ -149,13 +144,14 @@ def draw_learned(summary: dict):
 
     config, rows = summary["config"], summary["rows"]
     parts = [part for part in AXES if any(row["part"] == part for row in rows)]
+    columns = min(2, len(parts))
     figure = new_figure(
         f"edge-popup at density {config['density']:g} on {summary['dataset']} · {config['epochs']} epochs · "
-        f"mean of {config['seeds']} seeds, band from lowest to highest",
-        12,
-        4.4 * -(-len(parts) // 2) + 0.6,
+        f"{cells.seeds(config['seeds'])}",
+        6 * columns,
+        4.4 * -(-len(parts) // columns) + 0.6,
     )
-    axes = figure.subplots(-(-len(parts) // 2), 2, squeeze=False).ravel()
+    axes = figure.subplots(-(-len(parts) // columns), columns, squeeze=False).ravel()
     for ax in axes[len(parts) :]:
         ax.set_visible(False)
     for ax, part in zip(axes, parts, strict=False):

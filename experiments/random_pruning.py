@@ -6,12 +6,11 @@ paper's claim is that random pruning catches up as they grow. Each cell is a run
 widened, a sweep goes on with the cells that are there.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from experiments import command_line
-from experiments.errors import UserError
+from experiments.errors import require
 
 Distribution = Literal["uniform", "uniform+", "er", "erk", "erk+", "snip", "grasp", "synflow"]
 Method = Literal["magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"]
@@ -58,7 +57,8 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        for name, valid, says in (
+        require(
+            self,
             ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
             ("width", self.width >= 1, "1 or more"),
             ("depth", self.depth >= 1, "1 or more"),
@@ -68,27 +68,21 @@ class Config:
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
-        ):
-            if not valid:
-                raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(self, name)}.")
+        )
 
 
 def main(config: Config) -> dict:
     """Runs, or finishes, every cell, draws the pictures and returns what it writes to summary.json."""
-    from experiments import cells, data, display
+    from experiments import cells
     from experiments.style import save
 
-    dataset = data.load(config.dataset, config.data_dir)
-    if dataset.warning:
-        display.show_warning(dataset.warning)
-    path = Path(config.workdir).expanduser()
-    rows = cells.run(grid(config), dataset, path.parent / "cells", data.load_strangers(config))
-    summary = cells.write_results(path, asdict(config), dataset, rows)
+    dataset = cells.open_data(config)
+    path, summary = cells.carry_out(config, grid(config), dataset)
     for name, picture in (("distributions.png", draw_distributions), ("sizes.png", draw_sizes)):
         figure = picture(summary)
         if figure is not None:
             save(figure, path / name)
-    chosen = [row for row in rows if row["part"] == "distribution" and row["asked"] < 1]
+    chosen = [row for row in summary["rows"] if row["part"] == "distribution" and row["asked"] < 1]
     cells.show_table(
         f"test accuracy on {dataset.name}", cells.grouped(chosen, "name", "asked", "test_accuracy"), "density"
     )
@@ -136,7 +130,8 @@ def draw_distributions(summary: dict):
     from experiments.style import log_axis, new_figure
 
     config = summary["config"]
-    rows = [dict(row) for row in summary["rows"] if row["part"] == "distribution"]
+    rows = [row for row in summary["rows"] if row["part"] == "distribution"]
+    rows = cells.at_mean(rows, "name", "asked", "density")  # uniform+ keeps more than it is asked to
     for row in rows:
         row["noise"] = row["ood_auroc"]["noise"]
         row["flow"] = row["gradient_flow"][-1]
@@ -145,11 +140,12 @@ def draw_distributions(summary: dict):
     randoms = [row for row, it_is in zip(masked, is_random, strict=True) if it_is]
     preferred = [row for row in randoms if row["name"] == "random, erk"] or randoms
     others = [row for row, it_is in zip(masked, is_random, strict=True) if not it_is] + preferred
+    names = [*dict.fromkeys(row["name"] for row in (*preferred, *others, *randoms))]
     x = "density (% of the weights that are kept)"
     accuracy = "test accuracy (%), log scale of the error"
     figure = new_figure(
         f"{config['model']}, {config['depth']} hidden layers of {config['width']}, on {summary['dataset']} · "
-        f"{config['epochs']} epochs · mean of {config['seeds']} seeds, band from lowest to highest",
+        f"{config['epochs']} epochs · {cells.seeds(config['seeds'])}",
         15,
         9.5,
     )
@@ -163,7 +159,7 @@ def draw_distributions(summary: dict):
     )
     for ax, (title, chosen, y, says) in zip(figure.subplots(2, 3).ravel(), panels, strict=True):
         is_accuracy = y.endswith("accuracy")
-        cells.draw_lines(ax, cells.grouped(chosen, "name", "asked", y), x, says, is_accuracy)
+        cells.draw_lines(ax, cells.grouped(chosen, "name", "density", y), x, says, is_accuracy, names)
         dense = [row[y] for row in rows if row["name"] == "dense"]
         level = float(np.mean(dense))
         ax.axhline(100 * (1 - level) if is_accuracy else level, color="black", linestyle=":", label="dense")
@@ -171,16 +167,15 @@ def draw_distributions(summary: dict):
             log_axis(ax, [100 * (1 - v) for v in [*dense, *(row[y] for row in chosen)]], accuracy=True)
         cells.log_ticks(ax, [row["asked"] for row in masked], percent=True)
         ax.set_title(title, fontsize=10)
-    axes = figure.axes
-    for ax in axes[:2]:
-        ax.legend(fontsize=8, edgecolor="none")
+    shown = {label: line for ax in figure.axes[:2] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
 def draw_sizes(summary: dict):
     """Accuracy by width, a panel for each depth: dense, and randomly pruned to each density. None without sizes."""
     from experiments import cells
-    from experiments.style import new_figure
+    from experiments.style import log_axis, new_figure
 
     config = summary["config"]
     rows = [row for row in summary["rows"] if row["part"] == "size"]
@@ -189,7 +184,7 @@ def draw_sizes(summary: dict):
         return None
     figure = new_figure(
         f"random pruning by size · {config['model']} on {summary['dataset']} · {config['epochs']} epochs · "
-        f"mean of {config['seeds']} seeds",
+        f"{cells.seeds(config['seeds'])}",
         5.6 * len(depths) + 1,
         4.6,
     )
@@ -199,7 +194,8 @@ def draw_sizes(summary: dict):
         unit = "channels" if config["model"] == "cnn" else "units"
         cells.draw_lines(ax, groups, f"{unit} of each hidden layer", "test accuracy (%), log scale of the error", True)
         cells.log_ticks(ax, [row["width"] for row in chosen])
-        ax.set_title(f"{depth} hidden layers", fontsize=10)
+        ax.set_title(f"hidden layers: {depth}", fontsize=10)
+    log_axis(figure.axes[0], [100 * (1 - row["test_accuracy"]) for row in rows], accuracy=True)  # shared by all panels
     figure.axes[0].legend(fontsize=8, edgecolor="none")
     return figure
 

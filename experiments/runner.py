@@ -16,7 +16,7 @@ import numpy as np
 import supermask_jax as sm
 from experiments import data, display, plots, recipe
 from experiments.driver import Driver, epoch_order, train_figures, zero_totals
-from experiments.errors import UserError
+from experiments.errors import Diverged, UserError
 from experiments.evaluation import Evaluator, Held, make_flow, noise_like
 from experiments.interrupt import Interrupted, stopping
 from experiments.methods import METHODS, Start
@@ -55,18 +55,23 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
         display.show_warning(dataset.warning)
     rest, *held = data.hold_out(dataset, config.validation)
     held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
-    if config.train_images:
+    if config.train_images > len(rest.train_labels):
+        raise UserError(f"--train-images {config.train_images}: there are {len(rest.train_labels)} to train on.")
+    if 0 < config.train_images < len(rest.train_labels):
         _, images, labels = data.hold_out(rest, config.train_images)
         rest = dataclasses.replace(rest, train_images=images, train_labels=labels)
     path = Path(config.workdir).expanduser() if config.workdir else default_path(config, name)
     workdir = Workdir(path, config, data_digest=f"{zlib.crc32(dataset.train_images.tobytes()):08x}")
-    summary = workdir.summary() or _train(config, rest, held, workdir, strangers, alone)
+    with stopping() as asked:
+        summary = workdir.summary() or _train(config, rest, held, workdir, strangers, alone, asked)
+    if asked() and not alone:
+        raise Interrupted(f"stopped as asked, when {workdir.path} was finished.")
     if alone:
         display.show_summary(summary, path)
     return summary
 
 
-def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, strangers, alone: bool) -> dict:
+def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, strangers, alone: bool, asked) -> dict:
     examples = len(dataset.train_labels)
     steps_per_epoch = -(-examples // config.batch_size)
     last_step = config.epochs * steps_per_epoch
@@ -97,7 +102,7 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
     masks, first = measured(state.subnet)
     progress = Progress(state, zero_totals(), masks, jnp.float32(0))
 
-    with workdir.checkpoints() as checkpoints, stopping() as asked:
+    with workdir.checkpoints() as checkpoints:
         restored = checkpoints.restore(progress)
         step, (state, totals, masks, seconds) = restored or (0, progress)
         seconds = float(seconds)
@@ -191,11 +196,11 @@ def _summary(config, dataset, workdir, masks, figures, seconds, compile_seconds)
 
 
 def stop_if_not_finite(totals: dict[str, jax.Array], learner: Tree, workdir: Workdir) -> None:
-    """Raises UserError if a step was not finite, naming it and the layer. Nothing is saved after it."""
+    """Raises Diverged if a step was not finite, naming it and the layer. Nothing is saved after it."""
     step, leaf = int(totals["bad_step"]), int(totals["bad_leaf"])
     if step >= 0:
         what = "the loss" if leaf < 0 else list(by_path(learner))[leaf]
-        raise UserError(
+        raise Diverged(
             f"{what} is not finite (NaN or infinity) at step {step}. The checkpoints in {workdir.path} are from before "
             "it. Try a lower --learning-rate with another --workdir."
         )

@@ -16,7 +16,11 @@ STAGES = {
     "edge-popup": ("random subnetwork", "found subnetwork"),
     "bernoulli": ("nothing kept", "found subnetwork"),
     "dense": ("random network", "trained network"),
+    "gradual": ("random network", "trained subnetwork"),
 }
+STAGES |= dict.fromkeys(
+    ("random", "magnitude", "snip", "grasp", "synflow", "set", "rigl"), ("random subnetwork", "trained subnetwork")
+)
 OTHER_STAGES = ("before training", "after training")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 import supermask_jax as sm
-from experiments import data, mnist, recipe
+from experiments import cells, data, mnist, recipe
 from experiments.driver import Driver, compiling, epoch_order, zero_totals
 from experiments.style import COLOURS, log_axis, new_figure, style_axes
 from supermask_jax import construction, metrics, models
@@ -109,9 +109,9 @@ def logits_of(model, params, images: np.ndarray) -> np.ndarray:
 def draw(summary: dict):
     """Error of the weights, error of the logits and test accuracy of the pruned networks, by width."""
     built, dataset = summary["construction"], summary["dataset"]
-    seeds = summary["config"]["seeds"]
+    seeds = cells.seeds(summary["config"]["seeds"])
     figure = new_figure(
-        f"a trained 784-{HIDDEN}-10 MLP in a random one twice as deep · {dataset} · mean of {seeds} seeds",
+        f"a trained 784-{HIDDEN}-10 MLP in a random one twice as deep · {dataset} · {seeds}",
         14,
         4.4,
     )

@@ -57,9 +57,10 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            if (self.path / "config.json").exists():
+            found = [name for name in A_RUNS_FILES if (self.path / name).exists()]
+            if "config.json" in found and len(found) > 1:  # alone, it is of a run that did not begin
                 self._refuse_other_settings(record)
-            elif found := [name for name in A_RUNS_FILES if (self.path / name).exists()]:
+            elif found and found != ["config.json"]:
                 raise UserError(
                     f"{self.path} holds {', '.join(found)} but not config.json, the settings of that run. "
                     "Put it back, or name another --workdir."
