@@ -1,6 +1,6 @@
 """Find the networks that are hidden inside networks: masks and scores as pytrees beside frozen weights."""
 
-from supermask_jax import construction, densities, dynamic, initializers, lottery, metrics, models, saliency
+from supermask_jax import construction, densities, dynamic, initializers, lottery, metrics, models, parallel, saliency
 from supermask_jax.densities import keep_count
 from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
 from supermask_jax.selection import (
@@ -54,6 +54,7 @@ __all__ = [
     "metrics",
     "models",
     "n_m_masks",
+    "parallel",
     "random_masks",
     "rescaled",
     "saliency",

@@ -84,7 +84,7 @@ def grasp(
     g and H are the gradient and the Hessian in the prunable weights of the sum of all batches' losses. Each batch is
     seen twice, and no Hessian is made. The published score is -w * Hg, divided by the size of its sum, and its highest
     are removed: the same ranking. Its loss divides the logits by a temperature of 200: that belongs in `loss_fn`; and
-    its batches show every class equally often.
+    its two batches are ten images of each class in one half of the classes, and in the other.
 
     Args:
       batches: a list of batches; each is scored with the same `model_state` and `key`.

@@ -157,13 +157,12 @@ def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sam
     rows, lows, highs = [], [], []
     for group, size in enumerate(_sizes(keys, member)):
         parts = [_slice(key, SAMPLE / size).ravel() for key, g in zip(keys, member, strict=True) if g == group]
-        row = jnp.concatenate(parts)
+        row = jnp.sort(jnp.concatenate(parts))  # sorting also leaves it whole on every device of a mesh
         share, drawn = wanted[group] / size, row.size
         margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
-        rank = (row[None, :] >= row[:, None]).astype(jnp.float32) @ jnp.ones(drawn)  # 1 for the highest
         for side, ends in ((1, lows), (-1, highs)):
-            limit = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn)
-            ends.append(jnp.max(jnp.where(rank >= limit, row, INT32_MIN)))
+            rank = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn).astype(jnp.int32)  # 1 for the highest
+            ends.append(row[drawn - rank])
         rows.append(row)
     drawn = max(row.size for row in rows)
     padded = [jnp.pad(row, (0, drawn - row.size), constant_values=INT32_MIN) for row in rows]

@@ -22,6 +22,7 @@ ALLOWED = {
     "products": {"trees"},
     "metrics": {"products", "trees"},
     "train": {"supermask", "trees"},
+    "parallel": {"supermask", "train", "trees"},
     "dynamic": {"densities", "trees", "selection", "supermask", "train"},
 }
 BANNED = {"argparse", "tyro", "logging", "rich", "matplotlib", "orbax", "tensorflow_datasets", "experiments"}

@@ -1,0 +1,227 @@
+"""The train step on many devices: over a mesh under jit, under pmap, and in several processes.
+
+The main road is a mesh. Batches are split over it, the state is replicated or sharded, and the step is that of one
+device, compiled by the caller as ever; the compiler adds the communication:
+
+    mesh = parallel.mesh()
+    state = parallel.place_state(mesh, state)
+    step = jax.jit(
+        sm.make_train_step(mask_fn, loss_fn, tx, learns="scores"),
+        out_shardings=(parallel.state_shardings(mesh, state), None),
+        donate_argnums=0,
+    )
+    for batch in batches:
+        state, metrics = step(state, parallel.shard_batch(mesh, batch))
+
+Losses, batch statistics, dropout and masks are those of the whole batch on one device, up to the order of sums.
+`out_shardings` keep the state where it is from step to step, so that one compilation serves them all.
+In several processes each calls `initialize` first, makes the same state, and gives `shard_batch` its own share.
+The other road is `pmap_step`.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from supermask_jax.supermask import MaskFn
+from supermask_jax.train import Learns, LossFn, TrainState, make_train_step
+from supermask_jax.trees import Tree, by_path
+
+AXIS = "devices"  # of the mesh and of pmap: what BatchNorm and `weighted_mean` are given as axis_name under pmap
+
+
+def initialize(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+    """Join this process to the others; before anything else that touches a device.
+
+    Args:
+      coordinator: "address:port" of process 0, which must be free there.
+      processes: how many there are, on all hosts together.
+      process_id: which this one is, in [0, processes). With all three None, what the cluster's environment says
+        (Slurm, Open MPI, Kubernetes, TPU pods: see `jax.distributed.initialize`).
+
+    Raises:
+      ValueError: some are given and some are not, or `process_id` is out of range.
+    """
+    given = (coordinator, processes, process_id)
+    if None in given and given != (None, None, None):
+        raise ValueError(f"give coordinator, processes and process_id, or none of them; got {given}")
+    if process_id is not None and not 0 <= process_id < processes:
+        raise ValueError(f"process_id must be in [0, processes): got {process_id} of {processes}")
+    jax.distributed.initialize(coordinator, processes, process_id)
+
+
+def mesh(devices: int | None = None) -> Mesh:
+    """A mesh with the one axis "devices", of the first so many devices, or of all there are in all processes.
+
+    Raises:
+      ValueError: more devices are asked for than there are, fewer than one, or, in several processes, fewer than all.
+    """
+    chosen = _devices(devices)
+    # Not the default, Explicit axes: those refuse most operations on what is sharded.
+    return jax.make_mesh((len(chosen),), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
+    """The batch with the first axis of every leaf split over the mesh.
+
+    Args:
+      batch: arrays [n, ...], with the same n for all. In several processes, this one's share, as large as the others'.
+
+    Raises:
+      ValueError: the (process's) devices do not divide n.
+    """
+    _check_divisible(batch, len(mesh.local_devices))
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.make_array_from_process_local_data(sharding, batch)
+
+
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
+    """A copy of the tree, whole on every device of the mesh; copying, donation and errors as in `place_state`."""
+    return _place(mesh, tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def place_state(mesh: Mesh, state: TrainState, shard_scores: bool = False) -> TrainState:
+    """A copy of the state on the mesh, laid out as `state_shardings` says.
+
+    It shares no memory with `state`, which can be placed again after a step was given the copy as a donation.
+
+    Raises:
+      ValueError: in several processes, when theirs differ (they were made from other keys, say).
+    """
+    return _place(mesh, state, state_shardings(mesh, state, shard_scores))
+
+
+def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -> TrainState:
+    """The sharding of every leaf, in the structure of the state: for jit's `out_shardings`, and for restoring.
+
+    Args:
+      state: arrays, or their shapes (`jax.eval_shape`).
+      shard_scores: False: every device holds all. True: scores, weights and optimizer state are split over the mesh,
+        each array along the largest axis that the number of devices divides (whole where there is none), so that a
+        device stores and updates its part. Selection then exchanges counts and small samples, never scores; whether
+        masked weights or activations are gathered for a layer's product is the compiler's choice.
+    """
+
+    def split(leaf) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        largest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
+        return NamedSharding(mesh, PartitionSpec() if largest is None else PartitionSpec(*[None] * largest, AXIS))
+
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    if shard_scores:
+        shardings = shardings._replace(
+            subnet=jax.tree.map(split, state.subnet), opt_state=jax.tree.map(split, state.opt_state)
+        )
+    return shardings
+
+
+def pmap_step(
+    mask_fn: MaskFn,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    learns: Learns,
+    devices: int | None = None,
+    donate: bool = False,
+) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step of `make_train_step`, compiled by `jax.pmap`: step(state, batch) -> (state, metrics).
+
+    States go in as `init_state` makes them and come out whole on every device (in several processes, on this one's).
+    The batch goes in as on one device (in several processes, this one's share) and is split in equal parts. Every
+    device draws the same masks and its own dropout; gradients, metrics and model state are averaged over the devices.
+    What follows from that:
+      - A loss that is a plain mean is that of the whole batch. A weighted mean is not where the weights of the parts
+        differ in sum, as those of a padded last batch do: take `weighted_mean(..., axis_name=parallel.AXIS)`.
+      - Metrics that are sums, such as the number of correct answers, come out divided by the number of devices.
+      - Batch statistics are of the whole batch if the model takes them so: `flax.linen.BatchNorm(axis_name=AXIS)`.
+        Without it each device normalises by its part, and running variances miss what lies between the parts.
+
+    Args:
+      mask_fn, loss_fn, tx, learns: as in `make_train_step`.
+      devices: how many, as in `mesh`.
+      donate: whether a state that goes in may be overwritten.
+
+    Raises:
+      ValueError: as `make_train_step` and `mesh`; at a call, the (process's) devices do not divide the batch.
+    """
+    chosen = _devices(devices)
+    own = [device for device in chosen if device.process_index == jax.process_index()]
+    everywhere = NamedSharding(Mesh(own, (AXIS,)), PartitionSpec())
+    step = jax.pmap(
+        make_train_step(mask_fn, loss_fn, tx, learns=learns, axis_name=AXIS),
+        AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=chosen,
+        donate_argnums=(0,) if donate else (),
+    )
+
+    def split(leaf):
+        return leaf.reshape(len(own), leaf.shape[0] // len(own), *leaf.shape[1:])
+
+    def step_on_parts(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
+        _check_divisible(batch, len(own))
+        # To where the result will be, or the second step would be compiled again; from then on this does nothing.
+        return step(jax.device_put(state, everywhere), jax.tree.map(split, batch))
+
+    return step_on_parts
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """sum(values * weights) / sum(weights) over the batch, for a `loss_fn`; examples of weight 0 do not count.
+
+    Args:
+      values, weights: [n], or of any one shape.
+      axis_name: None under jit. Under pmap, its axis: then the sum of weights is the devices' mean, so that the mean
+        of the results, and of their gradients, is that of the whole batch however the weights are spread.
+    """
+    total = jnp.sum(weights)
+    if axis_name is not None:
+        total = jax.lax.pmean(total, axis_name)
+    return jnp.sum(values * weights) / total
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    there = jax.devices()
+    if count is not None and not 1 <= count <= len(there):
+        raise ValueError(f"asked for {count} devices; there are {len(there)}, and at least one is needed")
+    if count not in (None, len(there)) and jax.process_count() > 1:
+        raise ValueError(f"asked for {count} devices; several processes take part with all {len(there)} of theirs")
+    return there[:count]
+
+
+def _check_divisible(batch: Tree, devices: int) -> None:
+    for path, leaf in by_path(batch).items():
+        shape = jnp.shape(leaf)
+        if not shape:
+            raise ValueError(f"{path!r} of the batch has no first axis to split over the devices")
+        if shape[0] % devices:
+            raise ValueError(
+                f"a batch of {shape[0]} examples ({path!r}) does not divide over {devices} devices: "
+                "drop some, or pad it with examples of weight 0"
+            )
+
+
+def _place(mesh: Mesh, tree: Tree, shardings: Tree) -> Tree:
+    if jax.process_count() == 1:
+        tree = jax.device_put(tree, shardings)  # from wherever its leaves are; jit takes them from one place only
+    else:
+        _check_same_everywhere(mesh, tree)
+    # device_put keeps the buffer of a leaf that is already on a device: donating the result would delete the leaf.
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+
+
+def _check_same_everywhere(mesh: Mesh, tree: Tree) -> None:
+    """Raises where this process's own leaves are not bit for bit those of the others."""
+    own = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "is_fully_addressable", True)]
+    own = [jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in own]
+    sums = np.array([zlib.crc32(np.asarray(leaf).tobytes()) for leaf in own], np.uint32)
+    try:
+        jax.device_put(sums, NamedSharding(mesh, PartitionSpec()))  # compares what the processes pass
+    except AssertionError as error:
+        raise ValueError("the processes pass different values: make the state from the same keys in each") from error
