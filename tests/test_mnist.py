@@ -110,6 +110,17 @@ def test_the_default_command_recognises_real_mnist(tmp_path, data_dir):
         (["--rescale"], "--rescale is for --method bernoulli", 2),
         (["--method", "bernoulli", "--preset", "tutorial"], "--preset zhou --method bernoulli", 2),
         (["--preset", "zhou"], "no --preset zhou for --method edge-popup", 2),
+        (
+            ["--method", "gradual", "--minimum", "5", "--distribution", "erk"],
+            "--minimum is for layers that are ranked",
+            2,
+        ),
+        (["--method", "random", "--rounds", "3"], "--rounds is for layers that are ranked together", 2),
+        (["--method", "rigl", "--unit", "neuron"], "--unit neuron is for --method edge-popup", 2),
+        (["--method", "set", "--distribution", "global"], "set needs a --distribution", 2),
+        (["--strangers", "kmnist"], "add --judge", 2),
+        (["--judge", "--strangers", "mnist-5k", "--dataset", "mnist-5k"], "are no strangers", 1),
+        (["--dataset", "mnist-5k", "--train-images", "4001"], "there are 4000 to train on", 1),
         (["--dataset", "mnist-5k", "--validation", "4000"], "4000", 1),
         (["--dataset", "fashion_mnist", "--data-dir", "nowhere"], "nowhere", 1),
     ],
@@ -127,6 +138,18 @@ def test_a_workdir_that_cannot_be_written_is_an_error_before_training(tmp_path):
     done = run(tmp_path, "--dataset", "mnist-5k", "--workdir", tmp_path / "file" / "run")
     assert done.returncode == 1
     assert "cannot write to the work directory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_masks_that_cannot_be_had_are_an_error_that_says_what_can_and_leave_the_directory_free(tmp_path):
+    flags = [*small(tmp_path), "--dataset", "mnist-5k", "--epochs", "1"]
+    done = run(tmp_path, *flags, "--method", "random", "--distribution", "erk+", "--density", "0.001")
+    assert done.returncode == 1
+    assert "the density must be at least" in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    done = run(tmp_path, *flags, "--method", "snip", "--minimum", "100000", "--density", "0.3")
+    assert done.returncode == 1
+    assert "too few for 100000 in every layer" in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    done = run(tmp_path, *flags, "--method", "snip")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_truncated_file_is_an_error_and_not_a_fallback(tmp_path):

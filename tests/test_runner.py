@@ -10,7 +10,7 @@ import supermask_jax as sm
 from experiments import data, driver, methods, recipe, runner
 from experiments.errors import UserError
 from experiments.evaluation import Evaluator, Held
-from experiments.mnist import Config
+from experiments.mnist import Config, defaults
 from experiments.workdir import Checkpoints, Workdir, default_path, write_text
 
 SETTINGS = dataclasses.replace(Config(), model="lenet-300-100", density=0.3, dataset="mnist-5k")
@@ -87,6 +87,20 @@ def test_finite_means_every_number(value):
     assert driver.first_not_finite(tree) == -1
     assert driver.first_not_finite({**tree, "c": jnp.zeros(4).at[2].set(value)}) == 1
     assert driver.first_not_finite({**tree, "a": jnp.full((3, 3), value), "c": jnp.full(4, value)}) == 0
+
+
+# Masks that change.
+
+
+def test_gradual_pruning_ends_with_exactly_the_layer_counts_of_its_distribution(dataset, tmp_path):
+    """The counts are fractions of the weights at the start, which the first step gives away."""
+    settings = {**defaults("best", "gradual"), "model": "mlp", "width": 12, "density": 0.3, "epochs": 1}
+    settings |= {"distribution": "snip", "dataset": dataset.name}
+    end = runner.fit(Config(**settings, workdir=str(tmp_path / "a")), dataset, "mnist", alone=False)
+    wanted = {**settings, **defaults("best", "random"), "distribution": "snip"}
+    start = runner.fit(Config(**wanted, workdir=str(tmp_path / "b")), dataset, "mnist", alone=False)
+    assert end["layers"] == start["layers"]
+    assert end["parameters"] == sum(layer["kept"] for layer in end["layers"].values())
 
 
 # Evaluation.

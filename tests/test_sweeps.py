@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from experiments import cells, command_line, compare, pruning_only, random_pruning, runner, style, target
+from experiments import cells, command_line, compare, data, pruning_only, random_pruning, runner, style, target
 from experiments.errors import UserError
 from experiments.mnist import Config
 from experiments.workdir import default_path
@@ -405,3 +405,11 @@ except SystemExit as stopped:
         assert f"--{field.replace('_', '-')} " in done.stdout.replace(",", " ")
     first_line = inspect.getdoc(COMMANDS[command].Config).splitlines()[0]
     assert first_line.split(":")[0] in done.stdout
+
+
+def test_a_cell_that_diverges_is_left_out_and_the_sweep_goes_on(tmp_path, capsys):
+    small = {"model": "mlp", "width": 8, "epochs": 1}
+    grid = [cells.cell({"rate": rate}, "dense", learning_rate=rate, **small) for rate in (1e30, 1e-3)]
+    rows = cells.run(grid, data.load("mnist-5k"), tmp_path)
+    assert [row["rate"] for row in rows] == [1e-3]
+    assert "left out: " in capsys.readouterr().out
