@@ -79,7 +79,7 @@ def _choices(config_type: type, args: list[str]) -> dict[str, str]:
 
 
 def _complain(error, status: int) -> typing.NoReturn:
-    print(textwrap.fill(f"error: {error}", width=100, break_long_words=False), file=sys.stderr)
+    print(textwrap.fill(f"error: {error}", width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
     sys.exit(status)
 
 

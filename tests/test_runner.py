@@ -221,9 +221,15 @@ def test_records_that_do_not_reach_the_checkpoint_are_an_error(tmp_path):
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path):
-    Workdir(tmp_path / "run", SETTINGS, "digest")
+    Workdir(tmp_path / "run", SETTINGS, "digest").append({"epoch": 0, "step": 0})
     with pytest.raises(UserError, match="images that are not those found now"):
         Workdir(tmp_path / "run", SETTINGS, "another")
+
+
+def test_a_directory_whose_run_never_began_takes_other_settings(tmp_path):
+    Workdir(tmp_path / "run", SETTINGS, "digest")
+    other = dataclasses.replace(SETTINGS, density=0.7)
+    assert Workdir(tmp_path / "run", other, "digest").config()["density"] == 0.7
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints"])
