@@ -168,8 +168,9 @@ def draw_lines(
 
 
 def log_ticks(ax, values: Iterable[float], percent: bool = False) -> None:
-    """A log x axis with a tick at each value."""
+    """A log x axis with a tick at each value that is not too near the one before."""
     values = sorted(set(values))
+    values = [v for before, v in zip([0, *values], values, strict=False) if v > 1.15 * before]
     ax.set_xscale("log")
     ax.set_xticks(values, [f"{100 * v:g}" if percent else f"{v:g}" for v in values])
     ax.set_xticks([], minor=True)
