@@ -176,17 +176,16 @@ def log_ticks(ax, values: Iterable[float], percent: bool = False) -> None:
     ax.set_xticks([], minor=True)
 
 
-def show_table(title: str, groups: Mapping[Any, Mapping[Any, list[float]]], head: str, percent: bool = True) -> None:
-    """Means over the seeds: a line for each group, a column for each x."""
+def show_table(title: str, groups: Mapping[Any, Mapping[Any, list[float]]], head: str) -> None:
+    """Means of fractions over the seeds, in percent: a line for each group, a column for each x."""
     columns = sorted({x for points in groups.values() for x in points})
     table = Table(title=title)
     table.add_column(head)
     for x in columns:
-        table.add_column(f"{x:g}" if isinstance(x, float | int) else str(x), justify="right")
+        table.add_column(f"{x:g}", justify="right")
     for name, points in groups.items():
         means = [float(np.mean(points[x])) if x in points else None for x in columns]
-        texts = ["" if m is None else f"{m:.2%}" if percent else f"{m:.4g}" for m in means]
-        table.add_row(escape(str(name)), *texts)
+        table.add_row(escape(str(name)), *("" if m is None else f"{m:.2%}" for m in means))
     Console(file=sys.stdout).print(table)
 
 

@@ -5,24 +5,23 @@ on with the cells that are there.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from experiments import command_line
 from experiments.errors import require
 
 Method = Literal[
-    "edge-popup", "bernoulli", "dense", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"
+    "dense", "edge-popup", "bernoulli", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"
 ]
 # Better than the main job's recipe at low densities, and no worse at a half, on held-out images.
 LAYERS_APART = {"distribution": "erk", "scale_weights": True}
-ALL = ("dense", "edge-popup", "bernoulli", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl")
 
 
 @dataclass(frozen=True)
 class Config:
     """Compare methods at several densities, with several seeds, on one data set."""
 
-    methods: tuple[Method, ...] = ALL
+    methods: tuple[Method, ...] = get_args(Method)
     """What to compare; see `python -m experiments.mnist --help`. dense and bernoulli ignore the densities. edge-popup
     runs twice: with layer densities by erk and scaled weights, and as the main job has it."""
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02)
@@ -130,9 +129,7 @@ def draw(summary: dict):
             level = 100 * (1 - level) if accuracy else level
             ax.axhline(level, color="black", linestyle=":", linewidth=1.3, label="dense, all weights")
         free = [row for row in rows if row["method"] == "bernoulli"]
-        if (
-            free and y == "test_accuracy"
-        ):  # the rest was measured under the deterministic mask, which is not what it learns
+        if free and y == "test_accuracy":  # all else is of the deterministic mask, which is not what it learns
             at = float(np.mean([row["density" if x == "asked" else "flops"] for row in free]))
             level = float(np.mean([row["test_sampled_accuracy"] for row in free]))
             label = "bernoulli, drawn masks, density learned"

@@ -15,7 +15,7 @@ from experiments.driver import compiling
 from experiments.errors import Infeasible
 from supermask_jax import densities, dynamic, lottery, saliency
 from supermask_jax.selection import random_scores
-from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes, prunable
+from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes, per_path, prunable
 
 GRASP_TEMPERATURE = 200  # of the published code
 ROUNDS = {"synflow": 100}  # as published; the others prune in one
@@ -77,8 +77,7 @@ def gradual(start: Start) -> Task:
     """Zhu & Gupta 2017: dense at first, then fewer and fewer of the largest weights."""
     every, end = _updates(start)
     is_global = start.config.distribution == "global"
-    final = start.config.density if is_global else layer_densities(start)
-    final = final if isinstance(final, Mapping) or is_global else dict.fromkeys(prunable(start.weights), final)
+    final = start.config.density if is_global else per_path(layer_densities(start), prunable(start.weights))
 
     def update(step: int, state: sm.TrainState, batch) -> sm.TrainState:
         if step > end:
