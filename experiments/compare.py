@@ -15,13 +15,14 @@ Method = Literal[
 ]
 # Better than the main job's recipe at low densities, and no worse at a half, on held-out images.
 LAYERS_APART = {"distribution": "erk", "scale_weights": True}
+ALL = get_args(Method)
 
 
 @dataclass(frozen=True)
 class Config:
     """Compare methods at several densities, with several seeds, on one data set."""
 
-    methods: tuple[Method, ...] = get_args(Method)
+    methods: tuple[Method, ...] = ALL
     """What to compare; see `python -m experiments.mnist --help`. dense and bernoulli ignore the densities. edge-popup
     runs twice: with layer densities by erk and scaled weights, and as the main job has it."""
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02)
