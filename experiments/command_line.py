@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import textwrap
+import traceback
 import typing
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     """Parses flags into `config_type`, calls main(config) and exits on errors.
 
     `defaults(preset=..., method=...)` gives the fields that a preset sets; flags override them. The exit status is 0,
-    1 (the run failed: a UserError or OSError), 2 (bad flags or settings), 3 (asked to stop, and saved: what is printed
+    1 (the run failed: a UserError or OSError, or another process that took part did), 2 (bad flags or settings), 3 (asked to stop, and saved: what is printed
     goes on with it) or 130 (interrupted where there was nothing to save).
     """
     args = sys.argv[1:] if args is None else args
@@ -47,8 +48,17 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     except KeyboardInterrupt:
         text = "error: interrupted. Give the same command again: a run goes on from its last checkpoint."
         print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)  # at once: a compilation may be under way in another thread, and ending in order would crash
+        _end_at_once(130)  # a compilation may be under way in another thread, and ending in order would crash
+    except Exception as error:
+        if not _is_one_of_several():
+            raise
+        if not isinstance(error, RuntimeError):  # as a collective raises when another process has ended
+            traceback.print_exc()
+        _complain(
+            f"{str(error)[:200]}. If another process has ended, its message says why. Give all of them the same "
+            "commands again: they go on from the last checkpoint.",
+            status=1,
+        )
 
 
 def parse(config_type: type, defaults: Callable[..., dict], prog: str, args: list[str]):
@@ -80,7 +90,21 @@ def _choices(config_type: type, args: list[str]) -> dict[str, str]:
 
 def _complain(error, status: int) -> typing.NoReturn:
     print(textwrap.fill(f"error: {error}", width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    if _is_one_of_several():
+        _end_at_once(status)  # ending in order waits for the others, and they for this one
     sys.exit(status)
+
+
+def _end_at_once(status: int) -> typing.NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _keep_freed_memory() -> None:

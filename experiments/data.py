@@ -1,8 +1,11 @@
-"""Where images come from: MNIST and its drop-in replacements. No other module knows.
+"""Where images come from: MNIST and its drop-in replacements, and CIFAR-10. No other module knows.
 
-A set is looked for as IDX files on disk, then as a directory that tensorflow-datasets has prepared, and is
-downloaded last; tensorflow itself is not needed. tensorflow-datasets shuffles what it stores: the same images
+MNIST and its like are looked for as IDX files on disk, then as a directory that tensorflow-datasets has prepared, and
+are downloaded last; tensorflow itself is not needed. tensorflow-datasets shuffles what it stores: the same images
 come in another order from there than from IDX files.
+
+CIFAR-10 is read from the files of its binary version and never downloaded. Its Python version is pickles, and reading a
+pickle runs whatever code is in it, which of a download nobody should: it is not read.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import sys
+import tarfile
 import textwrap
 import zlib
 from pathlib import Path
@@ -25,7 +29,7 @@ import numpy as np
 
 from experiments.errors import UserError
 
-DATASETS = ("auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx")
+DATASETS = ("auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "cifar10", "idx")
 
 # Of the uncompressed files, since anyone may have compressed them again. Only MNIST's are known for certain.
 KNOWN_MD5 = {
@@ -38,6 +42,10 @@ KNOWN_MD5 = {
 }
 _FILES = tuple(KNOWN_MD5["mnist"])  # each set's four files, in the order of a Dataset's four arrays
 
+CIFAR_RECORDS = 10_000  # in each of the six files
+_CIFAR_FILES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
+_CIFAR_FOLDER, _CIFAR_ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
+
 
 class DataError(UserError):
     """The images asked for cannot be had; the message says why and what to do next."""
@@ -49,9 +57,10 @@ class _Unavailable(DataError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in memory: uint8 [n, 28, 28, 1] in 0..255, and their labels, int32 [n] in 0..9.
+    """Images in memory: uint8 [n, h, w, c] in 0..255, and their labels, int32 [n] in 0..9.
 
-    `name` is the set's true name, never "auto". `mean` and `std` are of the training pixels, in [0, 1].
+    h, w, c are 28, 28, 1 or, of CIFAR-10, 32, 32, 3 (red, green, blue). `name` is the set's true name, never "auto".
+    `mean` and `std` are of the training pixels, in [0, 1], one number for all channels.
     `source` says in one line where it all came from; `warning`, if there is one, must be shown to the user.
     """
 
@@ -67,7 +76,7 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """The number of classes, the same for all sets that stand in for MNIST."""
+        """The number of classes, the same for all sets here."""
         return 10
 
 
@@ -76,7 +85,8 @@ def load(dataset="auto", data_dir=None) -> Dataset:
 
     "auto" is MNIST or, where that is neither on disk nor to be downloaded, mnist-5k with `warning` set; "idx"
     is any set of four IDX files. Files are looked for in the folder of `data_dir` that is named like the set,
-    then in `data_dir` itself; it defaults to $SUPERMASK_DATA_DIR, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    then in `data_dir` itself, those of CIFAR-10 also in a folder cifar-10-batches-bin in either; `data_dir`
+    defaults to $SUPERMASK_DATA_DIR, $TFDS_DATA_DIR or ~/tensorflow_datasets.
     """
     if dataset not in DATASETS:
         nearest = difflib.get_close_matches(str(dataset).lower(), DATASETS, n=1, cutoff=0)[0]
@@ -104,6 +114,8 @@ def load_strangers(config, dataset: str) -> Dataset | None:
         return None
     if {config.strangers, dataset} <= {"mnist", "mnist-5k"} or config.strangers == dataset:
         raise UserError(f"--strangers {config.strangers} are no strangers to a network that is trained on {dataset}.")
+    if dataset == "cifar10":
+        raise UserError(f"--strangers {config.strangers} are grey images of 28 x 28, and those of cifar10 are not.")
     return load(config.strangers, config.data_dir)
 
 
@@ -126,6 +138,8 @@ def hold_out(dataset, count):
 
 
 def _named(name, root):
+    if name == "cifar10":
+        return _cifar10(root)
     for folder in (root / name, root):
         if files := _find_idx(folder):
             return _from_idx(name, folder, files, root)
@@ -228,11 +242,7 @@ def _read_split(images_path, labels_path):
 
 def _read_idx(path, axes):
     """(the uint8 array in an IDX file, {MD5 of its content, SHA-256 of the file as it is stored})."""
-    again = "fetch or copy this file again"
-    try:
-        stored = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error}); mend this or {again}") from error
+    again, stored = "fetch or copy this file again", _stored(path)
     try:
         content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
     except (OSError, EOFError, zlib.error) as error:
@@ -248,6 +258,82 @@ def _read_idx(path, axes):
         raise DataError(f"{path} is {fault}: {size} bytes of data where {shape} needs {promised}; {again}")
     digests = {hashlib.md5(content, usedforsecurity=False).hexdigest(), hashlib.sha256(stored).hexdigest()}
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape), digests
+
+
+def _stored(path):
+    """The bytes of a file."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error}); mend this or fetch or copy this file again") from error
+
+
+# CIFAR-10's binary version: a record is the label in one byte, then 32 x 32 bytes each of red, green and blue, by rows.
+
+
+def _cifar10(root):
+    own, archives = root / "cifar10", []
+    for folder in (own, root / _CIFAR_FOLDER, own / _CIFAR_FOLDER, root):
+        missing = [file for file in _CIFAR_FILES if not (folder / file).is_file()]
+        if not missing:
+            contents = ((folder / file, _stored(folder / file)) for file in _CIFAR_FILES)
+            return _from_cifar(contents, f"binary files in {folder}")
+        if len(missing) < len(_CIFAR_FILES):
+            raise DataError(f"{folder} has files of CIFAR-10 but lacks {', '.join(missing)}: put them there too")
+        archives.append(folder / _CIFAR_ARCHIVE)
+    if archive := next((archive for archive in archives if archive.is_file()), None):
+        return _from_cifar(_unpacked_cifar(archive), str(archive))
+    raise DataError(
+        f"cifar10 is not in {root}, and is not downloaded: put {', '.join(_CIFAR_FILES)}, or {_CIFAR_ARCHIVE} "
+        f"that holds them, in {own}. They are the binary version of https://www.cs.toronto.edu/~kriz/cifar.html; its "
+        f"Python version is pickles, which can run any code and are not read"
+    )
+
+
+def _from_cifar(contents, source):
+    """The Dataset of six (path, bytes), in the order of _CIFAR_FILES."""
+    images, labels = zip(*(_read_cifar(*file, CIFAR_RECORDS) for file in contents), strict=True)
+    splits = (np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
+    # Each split has as many images of each class, and no single training file needs to. Since no MD5 of these files is
+    # known for certain, this is what shows a wrong label, a file that is there twice, or files that changed places.
+    for files, held in ((_CIFAR_FILES[:-1], splits[1]), (_CIFAR_FILES[-1:], splits[3])):
+        if np.ptp(counts := np.bincount(held, minlength=10)):
+            raise DataError(
+                f"{', '.join(files)} ({source}) hold {counts.tolist()} images of the classes 0 to 9, where the "
+                f"official files hold as many of each: some are damaged, are there twice or changed places; fetch them "
+                f"again"
+            )
+    return _dataset("cifar10", splits, source)
+
+
+def _read_cifar(path, content, records):
+    """(uint8 images [records, 32, 32, 3], int32 labels [records]) from the `content` of the file `path`."""
+    size, each, again = len(content), 1 + 3 * 32 * 32, "fetch or copy this file again"
+    if size % each:
+        raise DataError(f"{path} is no file of CIFAR-10: {size} bytes, not a multiple of a record's {each}; {again}")
+    if size != records * each:  # a file that was cut between two records looks whole
+        fault = "truncated" if size < records * each else "too long"
+        raise DataError(f"{path} is {fault}: it holds {size // each} images, the official file {records}; {again}")
+    table = np.frombuffer(content, np.uint8).reshape(records, each)
+    if table[:, 0].max() > 9:
+        raise DataError(f"{path} holds the label {table[:, 0].max()}; labels must be 0 to 9; {again}")
+    images = table[:, 1:].reshape(records, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), table[:, 0].astype(np.int32)
+
+
+def _unpacked_cifar(path):
+    """[(path, bytes)] of the six files in the official archive, for _from_cifar. Nothing is written to disk."""
+    members = {f"{_CIFAR_FOLDER}/{file}": path / _CIFAR_FOLDER / file for file in _CIFAR_FILES}
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            found = {member.name: archive.extractfile(member).read() for member in archive if member.name in members}
+            while stream.read(2**20):  # gzip compares its checksum at the end, where tar does not go
+                pass
+    except Exception as error:  # tarfile raises all sorts of things on what is not as it should be
+        raise DataError(f"cannot read {path} ({_brief(error)}); fetch or copy this file again") from error
+    if missing := [member for member in members if member not in found]:
+        raise DataError(f"{path} lacks {', '.join(missing)}; fetch {_CIFAR_ARCHIVE}, the binary version, again")
+    return [(member, found[name]) for name, member in members.items()]
 
 
 # tensorflow-datasets, without tensorflow.
@@ -366,7 +452,9 @@ def _read_cache(path, fingerprint):
     """The four arrays, or None where there is no cache, or a damaged one, or one of something else."""
     try:
         with open(path, "rb") as stored, np.load(stored) as cache:
-            return tuple(cache[file] for file in _FILES) if cache["fingerprint"] == fingerprint else None
+            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
+            whole = cache.zip.testzip() is None and cache["fingerprint"] == fingerprint
+            return tuple(cache[file] for file in _FILES) if whole else None
     except Exception:  # damage shows as almost any of them, and the cure is always to make it again
         return None
 
