@@ -7,6 +7,7 @@ convolutions, many steps per call, with the images on the device.
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 
 import supermask_jax as sm
 from experiments import data
+from experiments.layout import Layout
 from supermask_jax.trees import Tree
 
 STEPS_PER_CALL = {"cpu": 1}
@@ -26,95 +28,160 @@ CPU_OPTIONS = {  # the defaults of jaxlib 0.10 make ...
 
 
 class Driver:
-    """Runs train steps over the images, which stay on the device.
+    """Runs train steps over the images, which stay on the devices.
 
     Called with (state, totals, order, start, stop) it does the steps of `order` from start to stop and returns the
     new state and totals, and the seconds that it took without compiling. The state that goes in is donated.
-    `steps_per_call` is the backend's, if None.
+
+    Args:
+      step: of `make_train_step`; its metrics are sums, but for the loss.
+      learns: the tree that is watched for what is not finite.
+      dataset: the images; `order` counts the training images.
+      steps_per_call: how many steps are compiled into one; the backend's number, if None.
+      layout: where the state lies; the order's batches are split over its devices. One device, if None.
     """
 
-    def __init__(self, step: Callable, learns: str, dataset: data.Dataset, steps_per_call: int | None = None):
+    def __init__(
+        self,
+        step: Callable,
+        learns: str,
+        dataset: data.Dataset,
+        steps_per_call: int | None = None,
+        layout: Layout | None = None,
+    ):
         self.steps_per_call = steps_per_call or STEPS_PER_CALL.get(jax.default_backend(), STEPS_PER_CALL_ELSEWHERE)
         self.compile_seconds = 0.0
-        self._images, self._labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        self._compiled = {}
+        self._layout, self._learns = layout or Layout(), learns
+        self._images = self._layout.replicate((dataset.train_images, dataset.train_labels))
+        self._compiled, self._order, self._placed = {}, None, None
 
-        def one(carry, chosen, images, labels):
+        def one(carry, images, chosen):
             state, totals = carry
-            batch = _batch(images, labels, *chosen)
             at = state.step
-            state, metrics = step(state, batch)
-            leaf = first_not_finite(getattr(state.subnet, learns))
-            is_first = (totals["bad_step"] < 0) & ((leaf >= 0) | ~jnp.isfinite(metrics["loss"]))
-            return state, {
-                "loss": totals["loss"] + metrics["loss"] * metrics["count"],
-                "correct": totals["correct"] + metrics["correct"],
-                "count": totals["count"] + metrics["count"],
-                "bad_step": jnp.where(is_first, at, totals["bad_step"]),
-                "bad_leaf": jnp.where(is_first, leaf, totals["bad_leaf"]),
-            }
+            state, metrics = step(state, _batch(images, *chosen))
+            return state, add_to_totals(totals, metrics, getattr(state.subnet, learns), at)
 
-        def many(state, totals, images, labels, indices, weights):
-            if len(indices) == 1:
-                return one((state, totals), (indices[0], weights[0]), images, labels)
-            carry, _ = jax.lax.scan(
-                lambda carry, chosen: (one(carry, chosen, images, labels), None), (state, totals), (indices, weights)
-            )
+        def many(steps, state, totals, images, order, start):
+            chosen = [jax.lax.dynamic_slice_in_dim(part, start, steps) for part in order]
+            if steps == 1:
+                return one((state, totals), images, [part[0] for part in chosen])
+            carry, _ = jax.lax.scan(lambda carry, at: (one(carry, images, at), None), (state, totals), tuple(chosen))
             return carry
 
         self._many = many
 
     def __call__(self, state, totals, order, start: int, stop: int) -> tuple[sm.TrainState, dict, float]:
+        if order is not self._order:  # of a new epoch
+            self._order, self._placed = order, tuple(self._layout.split(part, axis=1) for part in order)
         seconds = 0.0
         while start < stop:
             # Two lengths of call and no others: each one is compiled.
             steps = self.steps_per_call if stop - start >= self.steps_per_call else 1
-            chosen = [part[start : start + steps] for part in order]
-            run = self._compile(steps, (state, totals, self._images, self._labels, *chosen))
+            arguments = (state, totals, self._images, self._placed, np.int32(start))
+            run = self._compile(steps, arguments)
             began = time.perf_counter()
-            state, totals = run(state, totals, self._images, self._labels, *chosen)
+            state, totals = run(*arguments)
             seconds += time.perf_counter() - began
             start += steps
         began = time.perf_counter()
         jax.block_until_ready(totals)
         return state, totals, seconds + time.perf_counter() - began
 
-    def batch(self, order, index: int) -> dict[str, jax.Array]:
-        """The batch that the step of that index in `order` sees."""
-        return _batch(self._images, self._labels, *(jnp.asarray(part[index]) for part in order))
-
     def _compile(self, steps: int, arguments: tuple) -> Callable:
-        if steps not in self._compiled:
+        kind = steps, arguments[3][0].shape
+        if kind not in self._compiled:
             began = time.perf_counter()
-            self._compiled[steps] = compile_for_backend(self._many, arguments, donate=(0, 1))
+            out = self._layout.shardings(arguments[0]), self._layout.everywhere
+            self._compiled[kind] = compile_for_backend(partial(self._many, steps), arguments, (0, 1), out)
             self.compile_seconds += time.perf_counter() - began
-        return self._compiled[steps]
+        return self._compiled[kind]
 
 
-def _batch(images, labels, indices, weight) -> dict[str, jax.Array]:
+class PmapDriver:
+    """`Driver` for a step of `parallel.pmap_step`: one call of it for each step, with this process's share of a batch.
+
+    Args:
+      step: of `pmap_step`, on all devices of the layout, with metrics that are sums, but for the loss.
+      learns, dataset, layout: as for `Driver`.
+    """
+
+    steps_per_call = 1
+
+    def __init__(self, step: Callable, learns: str, dataset: data.Dataset, layout: Layout):
+        self.compile_seconds = 0.0
+        self._step, self._learns, self._layout = step, learns, layout
+        self._images = dataset.train_images, dataset.train_labels
+
+        def add(totals, metrics, learner, at):
+            sums = {name: value * layout.size for name, value in metrics.items() if name != "loss"}  # means of devices
+            return add_to_totals(totals, {**metrics, **sums}, learner, at)
+
+        self._add = jax.jit(add, donate_argnums=0)
+
+    def __call__(self, state, totals, order, start: int, stop: int) -> tuple[sm.TrainState, dict, float]:
+        state, totals = self._layout.local((state, totals))
+        began, compiling = time.perf_counter(), not self.compile_seconds
+        for index in range(start, stop):
+            state, metrics = self._step(state, _batch(self._images, *(self._share(part[index]) for part in order)))
+            totals = self._add(totals, metrics, getattr(state.subnet, self._learns), state.step - 1)
+            if compiling:
+                jax.block_until_ready(totals)
+                self.compile_seconds, compiling = time.perf_counter() - began, False
+                began = time.perf_counter()
+        jax.block_until_ready(totals)
+        state, totals = self._layout.everyones((state, totals))
+        return state, totals, time.perf_counter() - began
+
+    def _share(self, part: np.ndarray) -> np.ndarray:
+        return part.reshape(jax.process_count(), -1)[jax.process_index()]
+
+
+def batch_at(dataset: data.Dataset, order, index: int) -> dict[str, np.ndarray]:
+    """The batch that the step of that index in `order` sees."""
+    return _batch((dataset.train_images, dataset.train_labels), *(part[index] for part in order))
+
+
+def _batch(images, indices, weight) -> dict:
+    images, labels = images
     return {"image": images[indices], "label": labels[indices], "weight": weight}
 
 
-def compile_for_backend(function: Callable, arguments: tuple, donate: tuple[int, ...] = ()) -> Callable:
+def add_to_totals(totals: dict, metrics: dict, learner: Tree, at) -> dict[str, jax.Array]:
+    """The totals (see `zero_totals`) with those of the step `at`, after which the learning tree is `learner`."""
+    leaf = first_not_finite(learner)
+    is_first = (totals["bad_step"] < 0) & ((leaf >= 0) | ~jnp.isfinite(metrics["loss"]))
+    return {
+        "loss": totals["loss"] + metrics["loss"] * metrics["count"],
+        "correct": totals["correct"] + metrics["correct"],
+        "count": totals["count"] + metrics["count"],
+        "bad_step": jnp.where(is_first, at, totals["bad_step"]),
+        "bad_leaf": jnp.where(is_first, leaf, totals["bad_leaf"]),
+    }
+
+
+def compile_for_backend(
+    function: Callable, arguments: tuple, donate: tuple[int, ...] = (), out_shardings: Tree = None
+) -> Callable:
     """`function` compiled for these arguments, on a CPU with the options that make its convolutions fast."""
     options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    compiled = partial(jax.jit, function, donate_argnums=donate, out_shardings=out_shardings)
     try:
-        return jax.jit(function, donate_argnums=donate, compiler_options=options).lower(*arguments).compile()
+        return compiled(compiler_options=options).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
-        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()  # a compiler without the option
+        return compiled().lower(*arguments).compile()  # a compiler without the option
 
 
-def compiling(function: Callable) -> Callable:
-    """`function`, compiled for the backend when it is first called with arguments of some shapes."""
+def compiling(function: Callable, out_shardings: Tree = None) -> Callable:
+    """`function`, compiled for the backend when it is first called with arguments of some shapes and places."""
     compiled = {}
 
     def call(*arguments):
-        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)]
-        kind = (jax.tree.structure(arguments), *shapes)
+        leaves = [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves(arguments)]
+        kind = (jax.tree.structure(arguments), *leaves)
         if kind not in compiled:
-            compiled[kind] = compile_for_backend(function, arguments)
+            compiled[kind] = compile_for_backend(function, arguments, out_shardings=out_shardings)
         return compiled[kind](*arguments)
 
     return call

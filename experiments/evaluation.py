@@ -10,10 +10,11 @@ import numpy as np
 import supermask_jax as sm
 from experiments import data, recipe
 from experiments.driver import compiling
+from experiments.layout import Layout
 from supermask_jax import metrics
 from supermask_jax.trees import Tree, apply_masks
 
-BATCH = 250
+BATCH = 250  # or the next number that the devices divide
 EPSILON = 8 / 255  # of the adversarial images, in pixel space
 
 
@@ -32,10 +33,15 @@ class Evaluator:
       mask_fn: what the masks are, exactly 0 or 1.
       forward: what the weights are multiplied by.
       model, dataset: the network, and the images whose mean and deviation it sees.
+      layout: where the networks are; each of its devices evaluates its share of the images. One device, if None.
     """
 
-    def __init__(self, mask_fn: sm.MaskFn, forward: sm.MaskFn, model, dataset: data.Dataset):
+    def __init__(
+        self, mask_fn: sm.MaskFn, forward: sm.MaskFn, model, dataset: data.Dataset, layout: Layout | None = None
+    ):
         self._model, self._dataset, self._batches = model, dataset, {}
+        self._layout = layout or Layout()
+        self._batch = BATCH + -BATCH % self._layout.size
 
         def found(subnet, key):
             factors = forward(subnet.scores, key)
@@ -53,7 +59,7 @@ class Evaluator:
             return jnp.sum(losses), jnp.sum(hits)
 
         self._found, self._sums = compiling(found), compiling(sums)
-        self._judged = compiling(self._judge)
+        self._judged = compiling(self._judge, self._layout.everywhere)
 
     def found(self, subnet: sm.Subnet, key: jax.Array | None = None) -> tuple[Tree, Tree]:
         """(masks, parameters) of the network: the deterministic one, or the one that a key draws."""
@@ -64,7 +70,8 @@ class Evaluator:
         examples = len(held.labels)
         if held.name not in self._batches:
             self._batches[held.name] = [
-                _in_batches(part) for part in (held.images, held.labels, np.ones(examples, np.float32))
+                self._layout.split(in_batches(part, self._batch), axis=1)
+                for part in (held.images, held.labels, np.ones(examples, np.float32))
             ]
         loss, hits = (float(total) / examples for total in self._sums(params, *self._batches[held.name]))
         return {f"{held.name}_loss": loss, f"{held.name}_accuracy": hits}
@@ -89,33 +96,26 @@ class Evaluator:
           "ece", "brier", "reliability" (a list for each of count, confidence, accuracy, by bin), "fgsm_accuracy"
           (at `EPSILON`), and "ood_auroc": {name: area under the curve of the highest probability}.
         """
-        logits, robust = [], 0.0
-        for start in range(0, len(held.labels), BATCH):
-            images, labels = held.images[start : start + BATCH], held.labels[start : start + BATCH]
-            clean, adversarial = self._judged(params, _padded(images), _padded(labels))
-            logits.append(np.asarray(clean)[: len(labels)])
-            robust += float(np.sum(np.argmax(np.asarray(adversarial)[: len(labels)], axis=-1) == labels))
-        logits = np.concatenate(logits)
+        logits, adversarial = self._all_logits(params, held.images, held.labels)
         confidence = _max_softmax(logits)
         bins = metrics.reliability(logits, held.labels)
         return {
             "ece": float(metrics.expected_calibration_error(logits, held.labels)),
             "brier": float(metrics.brier(logits, held.labels)),
             "reliability": {name: np.asarray(values).tolist() for name, values in bins._asdict().items()},
-            "fgsm_accuracy": robust / len(held.labels),
+            "fgsm_accuracy": float(np.mean(np.argmax(adversarial, axis=-1) == held.labels)),
             "ood_auroc": {
-                name: float(metrics.auroc(confidence, _max_softmax(self._all_logits(params, images))))
+                name: float(metrics.auroc(confidence, _max_softmax(self._all_logits(params, images)[0])))
                 for name, images in others.items()
             },
         }
 
-    def _all_logits(self, params: Tree, images: np.ndarray) -> np.ndarray:
-        blank = np.zeros(len(images), np.int32)
-        parts = [
-            np.asarray(self._judged(params, _padded(images[i : i + BATCH]), _padded(blank[i : i + BATCH]))[0])
-            for i in range(0, len(images), BATCH)
-        ]
-        return np.concatenate(parts)[: len(images)]
+    def _all_logits(self, params: Tree, images: np.ndarray, labels: np.ndarray | None = None) -> list[np.ndarray]:
+        """`_judge` of all images, batch by batch; its second half means nothing without labels."""
+        labels = np.zeros(len(images), np.int32) if labels is None else labels
+        batches = zip(in_batches(images, self._batch), in_batches(labels, self._batch), strict=True)
+        parts = [self._judged(params, *map(self._layout.split, batch)) for batch in batches]
+        return [np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True)]
 
     def _judge(self, params: Tree, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits of images [n, h, w, c] uint8, and of the adversarial images made from them."""
@@ -153,11 +153,7 @@ def _max_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(metrics.max_softmax(logits))
 
 
-def _padded(part: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.concatenate([part, np.zeros((BATCH - len(part), *part.shape[1:]), part.dtype)]))
-
-
-def _in_batches(part: np.ndarray) -> jax.Array:
-    """[batches, BATCH, ...] on the device, padded with zeros."""
-    rest = np.zeros((-len(part) % BATCH, *part.shape[1:]), part.dtype)
-    return jnp.asarray(np.concatenate([part, rest]).reshape(-1, BATCH, *part.shape[1:]))
+def in_batches(part: np.ndarray, size: int) -> np.ndarray:
+    """[batches, size, ...], padded with zeros."""
+    rest = np.zeros((-len(part) % size, *part.shape[1:]), part.dtype)
+    return np.concatenate([part, rest]).reshape(-1, size, *part.shape[1:])

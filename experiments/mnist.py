@@ -128,8 +128,9 @@ class Config:
     """Training images are moved at random by up to so many pixels, each way."""
     seed: int = 0
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
-    dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
-    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
+    dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "cifar10", "idx"] = "auto"
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10: the files of its binary version.
+    idx: any set in MNIST's format."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
     train_images: int = 0
@@ -145,6 +146,20 @@ class Config:
     """Where the run leaves its files, and resumes from. [runs/mnist/<a name made from the settings>]"""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    devices: int = 0
+    """How many devices train together, each on its part of every batch; CPUs are simulated. 0: one, or, in several
+    processes, all that they have."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """What makes one step of many devices: jit over a mesh, or pmap, where each device draws its own shifts."""
+    shard_scores: bool = False
+    """Split scores, weights and optimizer state over the devices, so that each holds and updates its part."""
+    coordinator: str | None = None
+    """Train in several processes: auto (the cluster's environment says how: TPU pods, Slurm, Open MPI, Kubernetes), or
+    ADDRESS:PORT of the first one."""
+    num_processes: int | None = None
+    """With --coordinator ADDRESS:PORT, how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator ADDRESS:PORT, which one this is, from 0 on; 0 is at that address, and writes the files."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -167,7 +182,13 @@ class Config:
             ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("devices", self.devices >= 0, "1 or more, or 0 for the usual number"),
         )
+        if self.shard_scores and self.parallel == "pmap":
+            raise UserError("pmap keeps all scores on every device: --shard-scores is for --parallel jit.")
+        if self.devices and self.batch_size % self.devices:
+            raise UserError(f"--batch-size {self.batch_size} does not divide over --devices {self.devices}.")
+        self._check_processes()
         if self.dropout and self.model != "convnet":
             raise UserError(f"Dropout is the convnet's, {self.model} was published without: say --no-dropout.")
         if self.scale_weights and self.method in FREE_DENSITY:
@@ -190,6 +211,22 @@ class Config:
         if self.strangers != "none" and not self.judge:
             raise UserError("--strangers are what a network is judged on: add --judge.")
 
+    def _check_processes(self) -> None:
+        number, this = self.num_processes, self.process_id
+        if self.coordinator in (None, "auto"):
+            if number is not None or this is not None:
+                raise UserError("--num-processes and --process-id go with --coordinator ADDRESS:PORT.")
+            return
+        address, _, port = self.coordinator.rpartition(":")
+        if not address or not port.isdecimal():
+            raise UserError(f"--coordinator must be auto or ADDRESS:PORT; got {self.coordinator}.")
+        if number is None or this is None:
+            raise UserError("--coordinator ADDRESS:PORT needs --num-processes and --process-id.")
+        if number < 1 or not 0 <= this < number:
+            raise UserError(f"--process-id must be in [0, --num-processes): got {this} of {number}.")
+        if self.devices % number:
+            raise UserError(f"--devices {self.devices} does not divide over --num-processes {number}.")
+
 
 def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
     """The settings of a preset for a method, as far as they differ from the fields' own defaults.
@@ -205,10 +242,11 @@ def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
 
 def main(config: Config) -> dict:
     """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
-    from experiments import data, runner  # here, so that --help answers at once
+    from experiments import data, processes, runner  # here, so that --help answers at once
 
-    dataset = data.load(config.dataset, config.data_dir)
-    strangers = data.load_strangers(config, dataset.name)
+    processes.join(config)
+    dataset = processes.in_turn(lambda: data.load(config.dataset, config.data_dir))
+    strangers = processes.in_turn(lambda: data.load_strangers(config, dataset.name))
     return runner.fit(settled(config, dataset.name), dataset, name="mnist", strangers=strangers)
 
 

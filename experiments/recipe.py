@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.driver import compiling
-from supermask_jax import initializers, models
+from supermask_jax import initializers, models, parallel
 
 
 def _signed_deviation(key: jax.Array, weights, density=None):
@@ -93,11 +93,11 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(config.weight_decay), rule)
 
 
-def make_loss(model, mean: float, std: float, shift: int = 0, temperature: float = 1.0):
+def make_loss(model, mean: float, std: float, shift: int = 0, temperature: float = 1.0, axis_name: str | None = None):
     """loss_fn of a batch {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}.
 
     The loss is the weighted mean cross-entropy; the metrics are weighted sums: "correct" and "count". Each image is
-    first moved at random by up to `shift` pixels; logits are divided by the temperature.
+    first moved at random by up to `shift` pixels; logits are divided by the temperature. `axis_name`: of pmap.
     """
 
     def loss_fn(params, model_state, batch, key):
@@ -107,7 +107,7 @@ def make_loss(model, mean: float, std: float, shift: int = 0, temperature: float
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
         losses, hits = losses_and_hits(logits / temperature, batch["label"])
         count = jnp.sum(batch["weight"])
-        loss = jnp.sum(losses * batch["weight"]) / count
+        loss = parallel.weighted_mean(losses, batch["weight"], axis_name)
         return loss, (model_state, {"correct": jnp.sum(hits * batch["weight"]), "count": count})
 
     return loss_fn

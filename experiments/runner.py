@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments import data, display, plots, recipe
-from experiments.driver import Driver, epoch_order, train_figures, zero_totals
+from experiments import data, display, plots, processes, recipe
+from experiments.driver import Driver, PmapDriver, batch_at, epoch_order, train_figures, zero_totals
 from experiments.errors import Diverged, UserError
 from experiments.evaluation import Evaluator, Held, make_flow, noise_like
 from experiments.interrupt import Interrupted, stopping
+from experiments.layout import Layout
 from experiments.methods import METHODS, Start
 from experiments.workdir import Workdir, default_path
-from supermask_jax import metrics
+from supermask_jax import metrics, parallel
 from supermask_jax.trees import Tree, by_path, leaf_key, ones_and_sizes
 
 REPORT_EVERY = 50  # steps; bounds how many are dispatched ahead as well
@@ -49,8 +50,13 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
       alone: whether it shows its progress and draws pictures; if not, it is one of many.
 
     Raises:
-      UserError: settings that do not fit the data or the work directory; loss or scores that are not finite.
+      UserError: settings that do not fit the data, the devices or the work directory; loss or scores that are not
+        finite.
     """
+    layout = Layout(config.devices, config.shard_scores)
+    if config.batch_size % layout.size:
+        raise UserError(f"--batch-size {config.batch_size} does not divide over {layout.size} devices.")
+    alone, writes = alone and processes.is_first(), processes.is_first()
     if dataset.warning and alone:
         display.show_warning(dataset.warning)
     rest, *held = data.hold_out(dataset, config.validation)
@@ -61,9 +67,10 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
         _, images, labels = data.hold_out(rest, config.train_images)
         rest = dataclasses.replace(rest, train_images=images, train_labels=labels)
     path = Path(config.workdir).expanduser() if config.workdir else default_path(config, name)
-    workdir = Workdir(path, config, data_digest=f"{zlib.crc32(dataset.train_images.tobytes()):08x}")
+    digest = f"{zlib.crc32(dataset.train_images.tobytes()):08x}"
+    workdir = processes.in_turn(lambda: Workdir(path, config, digest, writes=writes))
     with stopping() as asked:
-        summary = workdir.summary() or _train(config, rest, held, workdir, strangers, alone, asked)
+        summary = workdir.summary() or _train(config, rest, held, workdir, layout, strangers, alone, asked)
     if asked() and not alone:
         raise Interrupted(f"stopped as asked, when {workdir.path} was finished.")
     if alone:
@@ -71,7 +78,7 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
     return summary
 
 
-def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, strangers, alone: bool, asked) -> dict:
+def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strangers, alone: bool, asked) -> dict:
     examples = len(dataset.train_labels)
     steps_per_epoch = -(-examples // config.batch_size)
     last_step = config.epochs * steps_per_epoch
@@ -85,11 +92,11 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
     sample = partial(class_sample, dataset, leaf_key(key, "sample"))
     start = Start(config, weights, leaf_key(key, "scores"), tx, model, make_loss, sample, last_step)
     task = METHODS[config.method](start)
-    step = sm.make_train_step(task.forward, make_loss(config.shift), tx, learns=task.learns)
-    advance = Driver(step, task.learns, dataset, recipe.steps_per_call(config))
-    evaluator = Evaluator(task.mask_fn, task.forward, model, dataset)
-    flow = make_flow(make_loss(), sample(FLOW_IMAGES)) if config.judge else None
+    advance = make_driver(config, task, make_loss, tx, dataset, layout)
+    evaluator = Evaluator(task.mask_fn, task.forward, model, dataset, layout)
+    flow = make_flow(make_loss(), layout.replicate(sample(FLOW_IMAGES))) if config.judge else None
     samples = jax.random.split(leaf_key(key, "evaluation"), SAMPLES) if task.sampled else ()
+    samples = [layout.replicate(key) for key in samples]
 
     def measured(subnet: sm.Subnet) -> tuple[Tree, dict]:
         """The masks, and what is recorded of them after an epoch."""
@@ -98,9 +105,9 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
         figures |= evaluator.sampled_figures(subnet, held, samples[:SAMPLES_PER_EPOCH])
         return masks, figures | ({"gradient_flow": flow(params, masks)} if flow else {})
 
-    state = sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns)
+    state = layout.place(sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns))
     masks, first = measured(state.subnet)
-    progress = Progress(state, zero_totals(), masks, jnp.float32(0))
+    progress = Progress(state, layout.replicate(zero_totals()), masks, layout.replicate(jnp.float32(0)))
 
     with workdir.checkpoints() as checkpoints:
         restored = checkpoints.restore(progress)
@@ -124,7 +131,8 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
                     step, seconds = stop, seconds + elapsed
                     stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
                     if step == update_at:
-                        state = task.update(step, state, advance.batch(order, step - 1 - begins))
+                        batch = batch_at(dataset, order, step - 1 - begins)
+                        state = layout.place(task.update(step, layout.whole(state), batch))
                     figures = train_figures(totals)
                     rate = (epoch * examples + figures["examples"]) / seconds
                     shown.step(step, epoch + 1, figures, rate)
@@ -142,28 +150,42 @@ def _train(config, dataset: data.Dataset, held: Held, workdir: Workdir, stranger
                             "images_per_second": rate,
                         }
                         shown.epoch(workdir.append(record))
-                        masks, totals = new_masks, zero_totals()
-                    if step in (save_at, last_step) or asked():
-                        checkpoints.save(step, Progress(state, totals, masks, jnp.float32(seconds)))
-                    stop_if_asked(asked, step, last_step, workdir)
+                        masks, totals = new_masks, layout.replicate(zero_totals())
+                    leaves = processes.any_of(asked())
+                    if step in (save_at, last_step) or leaves:
+                        spent = layout.replicate(np.float32(processes.of_first(seconds)))
+                        checkpoints.save(step, Progress(state, totals, masks, spent))
+                    if leaves:
+                        stop_unless_done(step, last_step, workdir)
 
     test = Held("test", dataset.test_images, dataset.test_labels)
     _, params = evaluator.found(state.subnet)
     figures = evaluator.figures(params, test) | evaluator.sampled_figures(state.subnet, test, samples)
+    subnet, masks = layout.whole((state.subnet, masks))
     figures |= sizes(model, weights, masks, dataset.train_images.shape[1:])
     if config.judge:
         others = {"noise": noise_like(dataset, config.seed)}
         others |= {strangers.name: strangers.test_images} if strangers else {}
         figures |= evaluator.judge(params, test, others)
         figures["gradient_flow"] = [record["gradient_flow"] for record in workdir.records()]  # epochs from 0 on
-    summary = _summary(config, dataset, workdir, masks, figures, seconds, advance.compile_seconds)
+    summary = _summary(config, dataset, workdir, layout, figures, seconds, advance.compile_seconds)
 
     def draw():
         if alone:
-            plots.draw_run(workdir.path, summary, workdir.records(), state.subnet, masks)
+            plots.draw_run(workdir.path, summary, workdir.records(), subnet, masks)
 
     workdir.finish(summary, draw)
     return summary
+
+
+def make_driver(config, task, make_loss, tx, dataset: data.Dataset, layout: Layout) -> Driver | PmapDriver:
+    """What trains a task: by jit over the layout's mesh, or by pmap."""
+    if config.parallel == "pmap":
+        loss_fn = make_loss(config.shift, axis_name=parallel.AXIS)
+        step = parallel.pmap_step(task.forward, loss_fn, tx, learns=task.learns, devices=layout.size, donate=True)
+        return PmapDriver(step, task.learns, dataset, layout)
+    step = sm.make_train_step(task.forward, make_loss(config.shift), tx, learns=task.learns)
+    return Driver(step, task.learns, dataset, recipe.steps_per_call(config), layout)
 
 
 def _next(every: int, step: int) -> int:
@@ -171,7 +193,7 @@ def _next(every: int, step: int) -> int:
     return step - step % every + every
 
 
-def _summary(config, dataset, workdir, masks, figures, seconds, compile_seconds) -> dict:
+def _summary(config, dataset, workdir, layout, figures, seconds, compile_seconds) -> dict:
     layers = figures["layers"]
     steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
     tested = [r["test_accuracy"] for r in workdir.records() if "test_accuracy" in r and r["epoch"] > 0]
@@ -188,6 +210,8 @@ def _summary(config, dataset, workdir, masks, figures, seconds, compile_seconds)
         "images_per_second": config.epochs * len(dataset.train_labels) / seconds,
         "compile_seconds": compile_seconds,
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+        "devices": layout.size,
+        "processes": jax.process_count(),
         "versions": versions(),
         "seed": config.seed,
         "config": workdir.config(),
@@ -206,27 +230,25 @@ def stop_if_not_finite(totals: dict[str, jax.Array], learner: Tree, workdir: Wor
         )
 
 
-def stop_if_asked(asked: Callable[[], bool], step: int, last_step: int, workdir: Workdir) -> None:
-    """Raises Interrupted if the process was asked to stop; what is saved is at this step."""
-    if asked() and step < last_step:
+def stop_unless_done(step: int, last_step: int, workdir: Workdir) -> None:
+    """Raises Interrupted, of a run that was asked to stop; what is saved is at this step."""
+    if step < last_step:
         raise Interrupted(f"stopped as asked; saved at step {step} of {last_step} in {workdir.path}.")
 
 
 def count_flips(before: Tree, after: Tree) -> dict[str, int]:
     """{path: number of mask bits that differ}."""
     old = by_path(before)
-    return {path: int(np.count_nonzero(np.asarray(m) != np.asarray(old[path]))) for path, m in by_path(after).items()}
+    return {path: int(jnp.count_nonzero(m != old[path])) for path, m in by_path(after).items()}
 
 
-def class_sample(dataset: data.Dataset, key: jax.Array, per_class: int) -> dict[str, jax.Array]:
+def class_sample(dataset: data.Dataset, key: jax.Array, per_class: int) -> dict[str, np.ndarray]:
     """A batch of training images: at random so many of each class, in the order of the classes."""
     order = np.asarray(jax.random.permutation(key, len(dataset.train_labels)))
     labels = dataset.train_labels[order]
     chosen = np.concatenate([order[labels == c][:per_class] for c in range(dataset.classes)])
-    weight = jnp.ones(len(chosen), jnp.float32)
-    return {"image": jnp.asarray(dataset.train_images[chosen]), "label": jnp.asarray(dataset.train_labels[chosen])} | {
-        "weight": weight
-    }
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    return {"image": images, "label": labels, "weight": np.ones(len(chosen), np.float32)}
 
 
 def sizes(model, weights: Tree, masks: Tree, image_shape: tuple[int, ...]) -> dict:

@@ -18,7 +18,7 @@ from experiments import data, recipe
 from experiments.driver import Driver, epoch_order, zero_totals
 from experiments.evaluation import Evaluator, Held
 from experiments.interrupt import stopping
-from experiments.runner import stop_if_asked, stop_if_not_finite
+from experiments.runner import stop_if_not_finite, stop_unless_done
 from experiments.workdir import Checkpoints, Workdir, read_arrays, read_json, write_arrays, write_json
 from supermask_jax import lottery, models
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
@@ -159,10 +159,12 @@ class Trainer:
                 if step in at:
                     curve[at.index(step)] = self._row(state.subnet)
                     self._report(network.name, step, dict(zip(CURVE, curve[at.index(step)], strict=True)))
-                if (step == save_at or asked()) and step < last:
+                leaves = asked()
+                if (step == save_at or leaves) and step < last:
                     values = _Progress(state, totals, drawn, jnp.asarray(curve), jnp.float32(seconds))
                     checkpoints.save(step, values)
-                stop_if_asked(asked, step, last, self._workdir)
+                if leaves:
+                    stop_unless_done(step, last, self._workdir)
         counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(network.masks).items()}
         record = {
             "name": network.name,

@@ -8,8 +8,6 @@ import json
 import os
 import warnings
 import weakref
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,9 @@ except ImportError:  # not a Unix
 A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
 SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
 
-CHANGE_NO_RESULT = ("data_dir", "workdir", "checkpoint_every", "preset")  # a preset is only a name for its settings
+CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
+# But for the order of sums and, under pmap, the draws of each device: a run may go on with other ones.
+CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
 KEPT_CHECKPOINTS = 2
 
 
@@ -47,11 +47,21 @@ def digest(config) -> str:
 class Workdir:
     """A run's files under `path`. A new directory takes the settings; an old one must hold the same.
 
-    `summary_keys`: what a whole summary.json holds.
+    `summary_keys`: what a whole summary.json holds. `writes`: whether this process does; if not, another one does, and
+    has made the directory.
     """
 
-    def __init__(self, path: Path, config, data_digest: str, summary_keys: set[str] = SUMMARY_KEYS):
-        self.path, self._summary_keys = Path(path), summary_keys
+    def __init__(
+        self, path: Path, config, data_digest: str, summary_keys: set[str] = SUMMARY_KEYS, writes: bool = True
+    ):
+        self.path, self._summary_keys, self._writes = Path(path), summary_keys, writes
+        if not writes:
+            if not (self.path / "config.json").is_file():
+                raise UserError(
+                    f"the first process wrote {self.path / 'config.json'}, and this one cannot see it. "
+                    "Name a --workdir on a file system that all processes share."
+                )
+            return
         record = {**dataclasses.asdict(config), "workdir": str(path), "data": data_digest}
         record = json.loads(json.dumps(record))  # as it will be read again: a tuple becomes a list
         try:
@@ -105,6 +115,8 @@ class Workdir:
 
         A picture that fails does not cost the result; a run that is interrupted while it draws does so again.
         """
+        if not self._writes:
+            return
         try:
             draw()
         except Exception:
@@ -137,14 +149,17 @@ class Workdir:
                 f"{self.path / 'metrics.jsonl'} does not hold the epochs 0 to {epochs - 1} that the checkpoint at step "
                 f"{step} has behind it. Put the file back, or begin a new run in another --workdir."
             )
+        if not self._writes:
+            return
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, record: dict) -> dict:
         """Adds one line to metrics.jsonl, on disk when this returns; returns the record."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self._writes:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         return record
 
     def checkpoints(self) -> "Checkpoints":
@@ -268,9 +283,14 @@ def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz; UserError if it is missing or damaged."""
     try:
-        with np.load(file) as archive:
+        stored = file.read_bytes()
+        with np.load(io.BytesIO(stored)) as archive:
+            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
+            # A zip file ends with the number of its files, which its reader ignores.
+            if archive.zip.testzip() or len(archive.files) != int.from_bytes(stored[-12:-10], "little"):
+                raise ValueError("its checksums do not match")
             return dict(archive)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever a damaged file makes the readers raise
         raise UserError(
             f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
         ) from error

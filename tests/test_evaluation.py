@@ -104,7 +104,7 @@ def test_strangers_are_told_by_the_highest_probability_of_every_image(judged):
 @pytest.mark.parametrize("examples", [1, 250, 301])
 def test_logits_are_those_of_every_image_in_order(judged, examples):
     evaluator, w, images, _ = judged
-    got = evaluator._all_logits({"w": jnp.asarray(w)}, images[:examples])
+    got = evaluator._all_logits({"w": jnp.asarray(w)}, images[:examples])[0]
     np.testing.assert_allclose(got, normalised(images[:examples]) @ w, rtol=1e-4, atol=1e-4)
 
 
@@ -241,7 +241,7 @@ def test_sizes_count_what_the_masks_keep(use_bias):
 
 def test_padding_fills_the_last_batch_and_nothing_else():
     part = np.arange(1, 302, dtype=np.int32)
-    batches = np.asarray(evaluation._in_batches(part))
-    assert batches.shape == (2, evaluation.BATCH)
+    batches = evaluation.in_batches(part, 250)
+    assert batches.shape == (2, 250)
     np.testing.assert_array_equal(batches.ravel(), [*part, *[0] * 199])
-    np.testing.assert_array_equal(evaluation._padded(part[:250]), part[:250])
+    np.testing.assert_array_equal(evaluation.in_batches(part[:250], 250), part[None, :250])
