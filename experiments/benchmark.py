@@ -1,5 +1,7 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
+With --scaling, what several devices cost instead (`scaling`).
+
 Absolute times move between machines and from day to day, so everything is a ratio within one run: the candidates take
 turns, and a ratio is the median over the rounds of each round's own ratio. Functions import what is heavy themselves,
 so that --help answers at once.
@@ -54,8 +56,11 @@ class Config:
     """Images per step."""
     skip_torch: bool = False
     """Leave PyTorch out; it is also left out where it is not installed."""
-    output: str = "runs/benchmark/benchmark.json"
-    """Where the figures go as JSON."""
+    scaling: bool = False
+    """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, and the bytes that a step
+    moves between them. The batch sizes are not used."""
+    output: str | None = None
+    """Where the figures go as JSON; by default runs/benchmark/benchmark.json, or scaling.json there."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -76,16 +81,38 @@ class Sizes(NamedTuple):
 
 def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immutable
     """Measures, prints the table, writes the JSON file and returns what is in it."""
-    import jax
     from rich.console import Console
 
     from experiments import workdir
 
     console = Console(file=sys.stdout)
-    file = Path(config.output)
+    file = Path(config.output or f"runs/benchmark/{'scaling' if config.scaling else 'benchmark'}.json")
     if file.is_dir():
         raise UserError(f"{file} is a directory; name a file with --output.")
     file.parent.mkdir(parents=True, exist_ok=True)
+    no_torch = "skipped" if config.skip_torch or config.scaling else why_no_torch()
+    measure = measure_scaling if config.scaling else measure_one_device
+    result = {"about": about(config, no_torch), **measure(config, sizes, no_torch, console)}
+    show(console, result)
+    workdir.write_json(file, result)
+    return result
+
+
+def measure_scaling(config: Config, sizes: Sizes, no_torch: str | None, console) -> dict:
+    """{"rows": the table, and what it was made from}."""
+    from experiments import scaling
+
+    with console.status("several devices: minutes"):
+        measured = scaling.measure(config.rounds)
+    rows = scaling.rows(measured)
+    # The fault table goes here: rows += faults.table(...)
+    return {"rows": rows, **measured}
+
+
+def measure_one_device(config: Config, sizes: Sizes, no_torch: str | None, console) -> dict:
+    """{"rows": the table}."""
+    import jax
+
     with console.status("compiling"):
         dataset, weights = noise(sizes)
         ours = {
@@ -93,7 +120,6 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
             for batch in config.batch_sizes
         }
         rows = compiling_and_memory(ours, dataset)
-    no_torch = "skipped" if config.skip_torch else why_no_torch()
     for batch, steps in ours.items():
         with console.status(f"training steps, batch {batch}"):
             reference = (
@@ -106,10 +132,7 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
         rows += time_selection(weights, config.rounds)
         if jax.default_backend() != "cpu":
             rows += time_bandwidth(sizes.streamed, config.rounds)
-    result = {"about": about(config, no_torch), "rows": rows}
-    show(console, result)
-    workdir.write_json(file, result)
-    return result
+    return {"rows": rows}
 
 
 def row(group: str, name: str, unit: str, values, target: str | None = None, bound: float | None = None) -> dict:
@@ -176,7 +199,9 @@ class OurStep:
         model = recipe.build_model(self.config, dataset.classes)
         loss_fn = recipe.make_loss(model, dataset.mean, dataset.std)
         tx = recipe.make_optimizer(self.config, recipe.make_schedule(self.config, max(examples // batch, 1)))
-        task = methods.METHODS[method](methods.Start(self.config, weights, key, tx, model))
+        # With a key of its own and without weights: the first step overwrites the state that holds those.
+        self.start = methods.Start(self.config, None, jax.random.key(0), tx, model)
+        task = methods.METHODS[method](self.start._replace(weights=weights))
         self.step = sm.make_train_step(task.mask_fn, loss_fn, tx, learns=task.learns)
         self.state = sm.init_state(task.subnet, tx, key, learns=task.learns)
         self.totals = driver.zero_totals()
@@ -229,21 +254,18 @@ def why_no_torch() -> str | None:
     return None if supported else "torch does not support this device"
 
 
-@contextlib.contextmanager
-def torch_steps(dataset, weights, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
-    """{name: call}: torch's steps from the same start as ours, as many in a call.
-
-    They run in a process of their own: the threads of torch and of XLA, waiting busily in one process, would slow both.
-    """
+def torch_arguments(dataset, weights, ours: OurStep) -> dict[str, Any]:
+    """What `torch_reference.serve` is given: weights, scores, batch and settings that our edge-popup starts from."""
     import jax
 
-    from experiments import methods, recipe, torch_reference
+    from experiments import methods, recipe
     from supermask_jax.trees import by_path
 
     batch = first_batch(dataset, ours.config.batch_size)
+    task = methods.METHODS["edge-popup"](ours.start._replace(weights=weights))
     arguments = {
         "weights": by_path(weights),
-        "scores": by_path(methods.METHODS["edge-popup"](ours.config, weights, jax.random.key(0)).subnet.scores),
+        "scores": by_path(task.subnet.scores),
         "images": np.asarray(recipe.normalise(batch["image"], dataset.mean, dataset.std)),
         "labels": batch["label"],
         "density": STEP_DENSITY,
@@ -252,9 +274,21 @@ def torch_steps(dataset, weights, ours: OurStep) -> Iterator[dict[str, Callable[
         "threads": cores(),
         "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
     }
+    return jax.device_get(arguments)
+
+
+@contextlib.contextmanager
+def torch_steps(dataset, weights, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
+    """{name: call}: torch's steps from the same start as ours, as many in a call.
+
+    They run in a process of their own: the threads of torch and of XLA, waiting busily in one process, would slow both.
+    """
+    from experiments import torch_reference
+
+    arguments = torch_arguments(dataset, weights, ours)
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=torch_reference.serve, args=(theirs, jax.device_get(arguments)), daemon=True)
+    process = spawn.Process(target=torch_reference.serve, args=(theirs, arguments), daemon=True)
     process.start()
     theirs.close()  # so that the end of the process ends a recv
 

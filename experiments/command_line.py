@@ -23,8 +23,8 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     """Parses flags into `config_type`, calls main(config) and exits on errors.
 
     `defaults(preset=..., method=...)` gives the fields that a preset sets; flags override them. The exit status is 0,
-    1 (the run failed: a UserError or OSError, or another process that took part did), 2 (bad flags or settings), 3 (asked to stop, and saved: what is printed
-    goes on with it) or 130 (interrupted where there was nothing to save).
+    1 (the run failed, or another process that took part), 2 (bad flags or settings), 3 (asked to stop, and saved: what
+    is printed goes on with it) or 130 (interrupted where there was nothing to save).
     """
     args = sys.argv[1:] if args is None else args
     try:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import platform
 import zlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple

@@ -19,6 +19,7 @@ In several processes each calls `initialize` first, makes the same state, and gi
 The other road is `pmap_step`.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -102,13 +103,16 @@ def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -
     Args:
       state: arrays, or their shapes (`jax.eval_shape`).
       shard_scores: False: every device holds all. True: scores, weights and optimizer state are split over the mesh,
-        each array along the largest axis that the number of devices divides (whole where there is none), so that a
-        device stores and updates its part. Selection then exchanges counts and small samples, never scores; whether
-        masked weights or activations are gathered for a layer's product is the compiler's choice.
+        each array along the largest axis that the number of devices divides, the last one only where it divides no
+        other (whole where there is none), so that a device stores and updates its part. Selection then exchanges
+        counts and small samples, never scores; whether masked weights or activations are gathered for a layer's
+        product is the compiler's choice, or that of `with_whole_weights`.
     """
 
     def split(leaf) -> NamedSharding:
         axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        # A CPU counts scores row by row: of a layer that is split along its rows, a count for each would travel.
+        axes = [axis for axis in axes if axis < leaf.ndim - 1] or axes
         largest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
         return NamedSharding(mesh, PartitionSpec() if largest is None else PartitionSpec(*[None] * largest, AXIS))
 
@@ -118,6 +122,21 @@ def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -
             subnet=jax.tree.map(split, state.subnet), opt_state=jax.tree.map(split, state.opt_state)
         )
     return shardings
+
+
+def with_whole_weights(mesh: Mesh, loss_fn: LossFn) -> LossFn:
+    """`loss_fn`, given params that are whole on every device of the mesh: for sharded scores under jit.
+
+    Without it the compiler chooses, for every product, whether weights or activations travel. With it batches stay as
+    they are split, and each weight is gathered once: that is less for a deep convnet, and more for wide dense layers
+    with few images; docs/scaling.md has figures.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def on_whole_weights(params, *rest):
+        return loss_fn(jax.lax.with_sharding_constraint(params, whole), *rest)
+
+    return on_whole_weights
 
 
 def pmap_step(
@@ -213,7 +232,13 @@ def _place(mesh: Mesh, tree: Tree, shardings: Tree) -> Tree:
     else:
         _check_same_everywhere(mesh, tree)
     # device_put keeps the buffer of a leaf that is already on a device: donating the result would delete the leaf.
-    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+    leaves, structure = jax.tree.flatten(shardings)
+    return _copier(structure, tuple(leaves))(tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _copier(structure, shardings: tuple) -> Callable[[Tree], Tree]:
+    return jax.jit(lambda tree: tree, out_shardings=jax.tree.unflatten(structure, shardings))
 
 
 def _check_same_everywhere(mesh: Mesh, tree: Tree) -> None:

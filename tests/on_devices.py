@@ -13,19 +13,19 @@ import traceback
 import warnings
 
 import flax.linen as nn
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import supermask_jax as sm
+from experiments import hlo
 from supermask_jax import parallel
 from supermask_jax.threshold import SAMPLE
 
 STEPS, EXAMPLES, COUNTED = 5, 32, 16  # the rest of the batch is padding, of weight 0: whole devices of it
 DENSITY = 0.3
-SHAPES = {"a": (8, 16), "b": (16, 3), "bias": (3,)}  # 8 divides the second axis, the first, and none
+SHAPES = {"a": (8, 16), "b": (16, 3), "bias": (3,)}  # 8 divides both axes, the first, and none
 TX = optax.sgd(1 / 8, 0.5)
 compiled = []
 
@@ -145,10 +145,10 @@ def case_pmap_gives_the_losses_scores_and_masks_of_one_device_and_a_second_step_
     assert_same_run(under_pmap(), on_one_device())
 
 
-def case_shards_are_along_the_largest_axis_that_the_devices_divide():
+def case_shards_are_along_the_largest_axis_that_the_devices_divide_and_along_the_last_only_where_there_is_no_other():
     mesh, state = parallel.mesh(), toy_state()
     placed = parallel.place_state(mesh, state, shard_scores=True)
-    expected = {"a": (8, 2), "b": (2, 3), "bias": (3,)}
+    expected = {"a": (1, 16), "b": (2, 3), "bias": (3,)}
     for tree in (placed.subnet.weights, placed.subnet.scores, placed.opt_state[0].trace):
         leaves = {name: leaf for name, leaf in tree.items() if leaf is not None}
         assert len(leaves) >= 2 and all(len(leaf.sharding.device_set) == 8 for leaf in leaves.values())
@@ -319,12 +319,36 @@ def case_selection_of_sharded_scores_exchanges_counts_and_samples_however_many_s
     layers, searches = 2, 2  # one for the threshold, one among ties
     for inputs, hidden in ((64, 32), (2048, 256)):
         selection, _, scores = traffic(inputs, hidden, shard_scores=True)
-        in_loops = [one for one in selection if "while/body" in one.name]
+        in_loops = [one for one in selection if one.data_loops]
         assert any(one.kind == "all-reduce" for one in in_loops), "not sharded at all"
         assert all(sum(one.arrays) <= layers for one in in_loops), in_loops
         assert all(max(one.arrays) <= 2 * SAMPLE for one in selection), selection
         assert sum(one.bytes for one in selection) <= layers * searches * 4 * SAMPLE * 4, selection
     assert scores > 500 * 2 * SAMPLE
+
+
+def case_a_collective_in_a_loop_has_the_trips_that_are_known_and_one_in_a_branch_is_conditional():
+    split = jax.NamedSharding(parallel.mesh(), jax.P(parallel.AXIS))
+
+    def fixed(x):
+        return jax.lax.fori_loop(0, 7, lambda i, x: x + jnp.sum(jnp.sin(x)), x)
+
+    def until_large(x):
+        return jax.lax.while_loop(lambda x: jnp.max(x) < 100, fixed, x)
+
+    def sometimes(x):
+        return jax.lax.cond(x[0] > 0, until_large, lambda x: x, x)
+
+    for function, trips, data_loops, conditional in (
+        (fixed, 7, 0, False), (until_large, 7, 1, False), (sometimes, 7, 1, True)
+    ):  # fmt: skip
+        x = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=split)
+        found = hlo.collectives(jax.jit(function).lower(x).compile().as_text())
+        (inner,) = [one for one in found if one.trips > 1]
+        assert inner == inner._replace(
+            kind="all-reduce", arrays=[1], bytes=4, trips=trips, data_loops=data_loops, conditional=conditional
+        ), found
+        assert hlo.total_bytes([inner], passes=3) == 4 * trips * 3**data_loops
 
 
 def case_replicated_scores_are_selected_without_any_exchange():

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.errors import UserError
+from supermask_jax.trees import by_path
 
 TINY = benchmark.Sizes(images=800, image_shape=(8, 8, 1), examples_per_turn=8, streamed=(64, 16))
 BATCH = 8
@@ -84,6 +85,21 @@ def test_settings_out_of_range_are_user_errors(wrong):
 def test_flags_are_parsed_before_anything_heavy_is_imported():
     code = "import sys, experiments.benchmark; sys.exit(any(m in sys.modules for m in ('jax', 'torch', 'flax')))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_is_given_what_our_edge_popup_starts_from():
+    dataset, weights = benchmark.noise(TINY)
+    ours = benchmark.OurStep("edge-popup", dataset, weights, BATCH, TINY)
+    start = jax.tree.map(np.array, ours.state.subnet)
+    ours()  # overwrites its state
+    given = benchmark.torch_arguments(dataset, weights, ours)
+    for name, tree in (("weights", start.weights), ("scores", start.scores)):
+        leaves = by_path(tree)
+        assert given[name].keys() == leaves.keys()
+        for path, leaf in leaves.items():
+            np.testing.assert_array_equal(given[name][path], leaf)
+    assert given["images"].shape == (BATCH, *TINY.image_shape) and len(given["labels"]) == BATCH
+    assert given["threads"] >= 1 and given["device"] in ("cpu", "cuda")
 
 
 def test_torch_takes_the_same_steps():

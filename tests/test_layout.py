@@ -29,10 +29,10 @@ SCRIPT = [sys.executable, str(Path(fit_on_devices.__file__))]
 COUNTED_LIKE = 1e-5  # relative: sums in another order
 
 
-def start(*arguments):
+def start(*arguments, **environment):
     path = os.pathsep.join(filter(None, [str(ROOT), *sys.path]))
     return subprocess.Popen(
-        [*map(str, arguments)], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        [*map(str, arguments)], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -168,6 +168,18 @@ def test_what_fails_in_the_first_process_fails_in_all_and_so_do_different_flags(
     assert [status for status, _, _ in told] == [1, 1]
     assert all("given different flags" in errors and "Traceback" not in errors for _, _, errors in told)
     assert not (tmp_path / "run").exists()
+
+
+def test_under_slurm_the_environment_says_who_takes_part(tmp_path):
+    run = [sys.executable, "-m", "experiments.mnist", "--model", "mlp", "--width", "16", "--dataset", "mnist-5k"]
+    run += ["--epochs", "1", "--coordinator", "auto", "--workdir", tmp_path / "run"]
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    told = ended([start(*run, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)], 120)
+    assert [status for status, _, _ in told] == [0, 0], told
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["devices"], summary["processes"]) == (2, 2)
+    outside = ended([start(*run)])[0]
+    assert outside[0] == 1 and "cannot join the other processes" in outside[2] and "Traceback" not in outside[2]
 
 
 # One device, in this process.
