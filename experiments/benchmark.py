@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -57,8 +58,10 @@ class Config:
     skip_torch: bool = False
     """Leave PyTorch out; it is also left out where it is not installed."""
     scaling: bool = False
-    """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, and the bytes that a step
-    moves between them. The batch sizes are not used."""
+    """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, the bytes that a step moves
+    between them, and what a run survives. The batch sizes are not used."""
+    soak_seconds: int = 15
+    """With --scaling, how long a run is watched that saves once a second."""
     output: str | None = None
     """Where the figures go as JSON; by default runs/benchmark/benchmark.json, or scaling.json there."""
 
@@ -66,6 +69,8 @@ class Config:
         """Raises UserError on a setting out of range."""
         if self.rounds < 1:
             raise UserError(f"--rounds must be 1 or more; got {self.rounds}.")
+        if self.soak_seconds < 1:
+            raise UserError(f"--soak-seconds must be 1 or more; got {self.soak_seconds}.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise UserError(f"--batch-sizes must be 1 or more each; got {self.batch_sizes}.")
 
@@ -83,7 +88,7 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
     """Measures, prints the table, writes the JSON file and returns what is in it."""
     from rich.console import Console
 
-    from experiments import workdir
+    from experiments import files
 
     console = Console(file=sys.stdout)
     file = Path(config.output or f"runs/benchmark/{'scaling' if config.scaling else 'benchmark'}.json")
@@ -94,19 +99,22 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
     measure = measure_scaling if config.scaling else measure_one_device
     result = {"about": about(config, no_torch), **measure(config, sizes, no_torch, console)}
     show(console, result)
-    workdir.write_json(file, result)
+    files.write_json(file, result)
     return result
 
 
 def measure_scaling(config: Config, sizes: Sizes, no_torch: str | None, console) -> dict:
     """{"rows": the table, and what it was made from}."""
-    from experiments import scaling
+    from experiments import faults, scaling
 
     with console.status("several devices: minutes"):
         measured = scaling.measure(config.rounds)
-    rows = scaling.rows(measured)
-    # The fault table goes here: rows += faults.table(...)
-    return {"rows": rows, **measured}
+    with console.status("faults: minutes"), tempfile.TemporaryDirectory() as scratch:
+        survived = [
+            {"fault": fault.fault, "tries": fault.tries, "survived": fault.survived}
+            for fault in faults.table(Path(scratch), config.soak_seconds)
+        ]
+    return {"rows": scaling.rows(measured), **measured, "faults": survived}
 
 
 def measure_one_device(config: Config, sizes: Sizes, no_torch: str | None, console) -> dict:
@@ -411,6 +419,13 @@ def show(console, result: dict) -> None:
             spread = "" if line["min"] == line["max"] else f"{low} - {high}"
             table.add_row(line["name"], f"{median} {line['unit']}", spread, verdict)
     console.print(table)
+    if "faults" in result:
+        table = Table(
+            "fault", "tries", "survived", title="what was done to a run, and whether it ended as if nothing had been"
+        )
+        for fault in result["faults"]:
+            table.add_row(fault["fault"], str(fault["tries"]), str(fault["survived"]))
+        console.print(table)
     console.print("A ratio is the median of the rounds' own ratios. torch:", about["torch"], highlight=False)
 
 

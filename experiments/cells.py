@@ -21,8 +21,9 @@ from rich.table import Table
 
 from experiments import data, display, mnist, runner
 from experiments.errors import Diverged, Infeasible, InUse, UserError
+from experiments.files import write_json
 from experiments.style import COLOURS, MARKERS, log_axis, style_axes
-from experiments.workdir import default_path, write_json
+from experiments.workdir import default_path
 
 NEVER = 10**9  # a cell takes seconds: it is saved when it ends
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}

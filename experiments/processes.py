@@ -85,6 +85,20 @@ def in_turn(function: Callable[[], Any]) -> Any:
     return result
 
 
+def first_only(function: Callable[[], None]) -> None:
+    """Calls function() in the first process; all others wait for it, and fail where it fails.
+
+    Raises:
+      UserError: what it raised.
+    """
+    in_turn(lambda: function() if is_first() else None)
+
+
+def meet() -> None:
+    """Waits for all the others."""
+    any_of(False)
+
+
 def _gathered(value) -> np.ndarray:
     from jax.experimental import multihost_utils
 

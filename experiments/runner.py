@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments import data, display, plots, processes, recipe
+from experiments import data, display, processes, recipe
 from experiments.driver import Driver, PmapDriver, batch_at, epoch_order, train_figures, zero_totals
 from experiments.errors import Diverged, UserError
 from experiments.evaluation import Evaluator, Held, make_flow, noise_like
@@ -108,54 +108,54 @@ def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strang
     masks, first = measured(state.subnet)
     progress = Progress(state, layout.replicate(zero_totals()), masks, layout.replicate(jnp.float32(0)))
 
-    with workdir.checkpoints() as checkpoints:
-        restored = checkpoints.restore(progress)
-        step, (state, totals, masks, seconds) = restored or (0, progress)
-        seconds = float(seconds)
-        workdir.cut_records(step if restored else -1, epochs=step // steps_per_epoch + 1 if restored else 0)
-        with display.Display(last_step, step, config.epochs, quiet=not alone) as shown:
-            if restored:
-                shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
-            else:
-                shown.epoch(workdir.append({"epoch": 0, "step": 0, **first}))
-            while step < last_step:
-                epoch = step // steps_per_epoch
-                begins, ends = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-                order = epoch_order(leaf_key(key, "order"), epoch, examples, config.batch_size)
-                while step < ends:
-                    save_at = _next(config.checkpoint_every, step)
-                    update_at = _next(task.update_every, step) if task.update else last_step + 1
-                    stop = min(ends, save_at, update_at, step + max(REPORT_EVERY, advance.steps_per_call))
-                    state, totals, elapsed = advance(state, totals, order, step - begins, stop - begins)
-                    step, seconds = stop, seconds + elapsed
-                    stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
-                    if step == update_at:
-                        batch = batch_at(dataset, order, step - 1 - begins)
-                        state = layout.place(task.update(step, layout.whole(state), batch))
-                    figures = train_figures(totals)
-                    rate = (epoch * examples + figures["examples"]) / seconds
-                    shown.step(step, epoch + 1, figures, rate)
-                    if step == ends:
-                        new_masks, held_figures = measured(state.subnet)
-                        record = {
-                            "epoch": epoch + 1,
-                            "step": step,
-                            "train_loss": figures["loss"],
-                            "train_accuracy": figures["accuracy"],
-                            **held_figures,
-                            "flips": count_flips(masks, new_masks),
-                            "learning_rate": float(rate_at(step - 1)),
-                            "train_seconds": seconds,
-                            "images_per_second": rate,
-                        }
-                        shown.epoch(workdir.append(record))
-                        masks, totals = new_masks, layout.replicate(zero_totals())
-                    leaves = processes.any_of(asked())
-                    if step in (save_at, last_step) or leaves:
-                        spent = layout.replicate(np.float32(processes.of_first(seconds)))
-                        checkpoints.save(step, Progress(state, totals, masks, spent))
-                    if leaves:
-                        stop_unless_done(step, last_step, workdir)
+    checkpoints = workdir.checkpoints()
+    restored = checkpoints.restore(progress)
+    step, (state, totals, masks, seconds) = restored or (0, progress)
+    seconds = float(seconds)
+    workdir.cut_records(step if restored else -1, epochs=step // steps_per_epoch + 1 if restored else 0)
+    with display.Display(last_step, step, config.epochs, quiet=not alone) as shown:
+        if restored:
+            shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
+        else:
+            shown.epoch(workdir.append({"epoch": 0, "step": 0, **first}))
+        while step < last_step:
+            epoch = step // steps_per_epoch
+            begins, ends = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
+            order = epoch_order(leaf_key(key, "order"), epoch, examples, config.batch_size)
+            while step < ends:
+                save_at = _next(config.checkpoint_every, step)
+                update_at = _next(task.update_every, step) if task.update else last_step + 1
+                stop = min(ends, save_at, update_at, step + max(REPORT_EVERY, advance.steps_per_call))
+                state, totals, elapsed = advance(state, totals, order, step - begins, stop - begins)
+                step, seconds = stop, seconds + elapsed
+                stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
+                if step == update_at:
+                    batch = batch_at(dataset, order, step - 1 - begins)
+                    state = layout.place(task.update(step, layout.whole(state), batch))
+                figures = train_figures(totals)
+                rate = (epoch * examples + figures["examples"]) / seconds
+                shown.step(step, epoch + 1, figures, rate)
+                if step == ends:
+                    new_masks, held_figures = measured(state.subnet)
+                    record = {
+                        "epoch": epoch + 1,
+                        "step": step,
+                        "train_loss": figures["loss"],
+                        "train_accuracy": figures["accuracy"],
+                        **held_figures,
+                        "flips": count_flips(masks, new_masks),
+                        "learning_rate": float(rate_at(step - 1)),
+                        "train_seconds": seconds,
+                        "images_per_second": rate,
+                    }
+                    shown.epoch(workdir.append(record))
+                    masks, totals = new_masks, layout.replicate(zero_totals())
+                leaves = processes.any_of(asked())
+                if step in (save_at, last_step) or leaves:
+                    spent = layout.replicate(np.float32(processes.of_first(seconds)))
+                    checkpoints.save(step, Progress(state, totals, masks, spent))
+                if leaves:
+                    stop_unless_done(step, last_step, workdir)
 
     test = Held("test", dataset.test_images, dataset.test_labels)
     _, params = evaluator.found(state.subnet)
@@ -171,6 +171,8 @@ def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strang
 
     def draw():
         if alone:
+            from experiments import plots  # here: a process that draws nothing starts sooner without
+
             plots.draw_run(workdir.path, summary, workdir.records(), subnet, masks)
 
     workdir.finish(summary, draw)

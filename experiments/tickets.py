@@ -15,11 +15,13 @@ import optax
 
 import supermask_jax as sm
 from experiments import data, recipe
+from experiments.checkpoints import Checkpoints
 from experiments.driver import Driver, epoch_order, zero_totals
 from experiments.evaluation import Evaluator, Held
+from experiments.files import read_arrays, read_json, write_arrays, write_json
 from experiments.interrupt import stopping
 from experiments.runner import stop_if_not_finite, stop_unless_done
-from experiments.workdir import Checkpoints, Workdir, read_arrays, read_json, write_arrays, write_json
+from experiments.workdir import Workdir
 from supermask_jax import lottery, models
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
@@ -138,7 +140,8 @@ class Trainer:
         drawn = jax.tree.map(jnp.copy, network.weights)
         curve = jnp.full((len(at), len(CURVE)), jnp.nan)
         start = _Progress(state, zero_totals(), drawn, curve, jnp.float32(0))
-        with Checkpoints(checkpoint_dir) as checkpoints, stopping() as asked:
+        checkpoints = Checkpoints(checkpoint_dir)
+        with stopping() as asked:
             step, (state, totals, drawn, curve, seconds) = checkpoints.restore(start) or (first, start)
             curve, seconds = np.array(curve), float(seconds)
             if step > first:

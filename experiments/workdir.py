@@ -2,21 +2,17 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
-import io
 import json
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from orbax.checkpoint import v1 as ocp
-
+from experiments.checkpoints import Checkpoints, gone
 from experiments.errors import InUse, UserError
+from experiments.files import naming, read_json, write_json, write_text
 
 try:
     import fcntl
@@ -29,7 +25,7 @@ SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "e
 CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
 # But for the order of sums and, under pmap, the draws of each device: a run may go on with other ones.
 CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
-KEPT_CHECKPOINTS = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def default_path(config, name: str) -> Path:
@@ -67,6 +63,8 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
+            for left in [left for name in A_RUNS_FILES for left in self.path.glob(f".{name}.*")]:
+                left.unlink()  # half written by a process that was killed
             found = [name for name in A_RUNS_FILES if (self.path / name).exists()]
             if "config.json" in found and len(found) > 1:  # alone, it is of a run that did not begin
                 self._refuse_other_settings(record)
@@ -113,13 +111,17 @@ class Workdir:
     def finish(self, summary: dict, draw: Callable[[], None]) -> None:
         """Draws the pictures and writes summary.json, the mark of a finished run.
 
-        A picture that fails does not cost the result; a run that is interrupted while it draws does so again.
+        A picture that fails does not cost the result; a run that is interrupted, or finds the disk full, while it draws
+        does so again.
         """
         if not self._writes:
             return
         try:
-            draw()
-        except Exception:
+            with naming(self.path):
+                draw()
+        except Exception as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
             write_json(self.path / "summary.json", summary)
             raise
         write_json(self.path / "summary.json", summary)
@@ -156,13 +158,21 @@ class Workdir:
     def append(self, record: dict) -> dict:
         """Adds one line to metrics.jsonl, on disk when this returns; returns the record."""
         if self._writes:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            file = self.path / "metrics.jsonl"
+            with naming(file), open(file, "a") as stream:
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
         return record
 
-    def checkpoints(self) -> "Checkpoints":
+    def checkpoints(self) -> Checkpoints:
+        """Of this run.
+
+        Raises:
+          UserError: they were there, and are gone.
+        """
+        if (self.path / "metrics.jsonl").exists() and not (self.path / "checkpoints").exists():
+            raise UserError(gone(self.path / "checkpoints"))
         return Checkpoints(self.path / "checkpoints")
 
 
@@ -196,101 +206,3 @@ def _lock(path: Path) -> _Lock | None:
     if (lock := _locks.get(path)) is None:
         lock = _locks[path] = _Lock(path)
     return lock
-
-
-class Checkpoints:
-    """The last checkpoints of a run, by step. A save that is killed leaves the ones before it whole."""
-
-    def __init__(self, path: Path):
-        self._path, training = path, ocp.training
-        self._orbax = training.Checkpointer(
-            path.absolute(),
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # we decide when
-            preservation_policy=training.preservation_policies.LatestN(KEPT_CHECKPOINTS),
-            cleanup_tmp_directories=True,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._orbax.close()
-
-    def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays; returns when it is on disk. (A background save would read donated buffers.)"""
-        self._orbax.save(step, tree)
-
-    def restore(self, like: Any) -> tuple[int, Any] | None:
-        """(step, tree) of the latest whole checkpoint, laid out like `like`; None when there is none at all.
-
-        Raises:
-          UserError: there are checkpoints, and none of them can be read.
-        """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        steps = sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True)
-        for step in steps:
-            try:
-                return step, self._orbax.load(step, abstract)
-            except Exception as error:  # whatever a damaged file makes the reader raise
-                warnings.warn(f"cannot read the checkpoint at step {step}: {str(error)[:200]}", stacklevel=2)
-        if steps:
-            raise UserError(
-                f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). Put whole ones back, "
-                "or begin a new run in another --workdir."
-            )
-        return None
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; UserError if it is damaged."""
-    try:
-        value = json.loads(file.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:  # bad JSON, or bytes that are no text
-        raise UserError(f"{file} is damaged ({error}); move it away, or name another --workdir.") from error
-    return value
-
-
-def write_json(file: Path, value: dict) -> None:
-    write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    _write(file, text.encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Writes a whole file or, if anything interrupts it, leaves the old one."""
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(new, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes {name: array} as an .npz, whole or not at all."""
-    stream = io.BytesIO()
-    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
-    _write(file, stream.getvalue())
-
-
-def read_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; UserError if it is missing or damaged."""
-    try:
-        stored = file.read_bytes()
-        with np.load(io.BytesIO(stored)) as archive:
-            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
-            # A zip file ends with the number of its files, which its reader ignores.
-            if archive.zip.testzip() or len(archive.files) != int.from_bytes(stored[-12:-10], "little"):
-                raise ValueError("its checksums do not match")
-            return dict(archive)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise UserError(
-            f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
-        ) from error

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import supermask_jax as sm
-from experiments import data, workdir
+from experiments import data, files
 from experiments.errors import UserError
 from supermask_jax.selection import keep_highest_of_all
 
@@ -527,7 +527,7 @@ ARRAYS = {  # one of them longer than the first piece that is read of it
 
 def stored_arrays():
     with folder_of({}) as folder:
-        workdir.write_arrays(folder / "a.npz", ARRAYS)
+        files.write_arrays(folder / "a.npz", ARRAYS)
         return (folder / "a.npz").read_bytes()
 
 
@@ -558,7 +558,7 @@ def with_byte(content, at, byte):
 def test_arrays_of_a_run_come_back_exactly_or_as_a_user_error(stored):
     with folder_of({"a.npz": stored}) as folder:
         try:
-            got = workdir.read_arrays(folder / "a.npz")
+            got = files.read_arrays(folder / "a.npz")
         except UserError as error:
             assert stored != STORED_ARRAYS and str(folder / "a.npz") in str(error)
             return
@@ -610,9 +610,9 @@ def test_a_json_file_gives_the_object_that_is_in_it_or_a_user_error(stored):
         expected = None
     with folder_of({"a.json": stored}) as folder:
         if isinstance(expected, dict):
-            assert repr(workdir.read_json(folder / "a.json")) == repr(expected)  # by repr: NaN is no NaN's equal
+            assert repr(files.read_json(folder / "a.json")) == repr(expected)  # by repr: NaN is no NaN's equal
         else:
             with pytest.raises(UserError, match=r"a\.json is damaged"):
-                workdir.read_json(folder / "a.json")
+                files.read_json(folder / "a.json")
     if STORED_JSON.startswith(stored.rstrip()) and len(stored) < len(STORED_JSON) - 1:
         assert expected is None

@@ -1,16 +1,11 @@
-"""A killed run goes on where it stopped and ends as if nothing had happened: real processes, real kills.
+"""A finished run is not begun again, and a stopped one goes on as if nothing had happened; kills are in test_faults.py.
 
 Methods whose masks change between steps are stopped between two changes, and at one, in this process.
 """
 
 import json
-import os
-import random
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -20,8 +15,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from experiments import data, runner
+from experiments.checkpoints import Checkpoints
 from experiments.mnist import Config, defaults
-from experiments.workdir import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("train_seconds", "images_per_second")
@@ -40,35 +35,6 @@ def whole_checkpoints(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
 
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.001)
-
-
-def kill(workdir, above, delay=None):
-    """Starts the run and kills it: `delay` seconds after a checkpoint above step `above`, or during a save (None).
-    Returns (the step it resumed from, whether it was saving)."""
-    log = workdir.with_suffix(".log")
-    with open(log, "w") as out:
-        process = subprocess.Popen(command(workdir, "--checkpoint-every", "10"), cwd=ROOT, stdout=out, stderr=out)
-        wait_for(lambda: max(whole_checkpoints(workdir), default=0) > above, process)
-
-        def saving():
-            return any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
-
-        if delay is None:
-            wait_for(saving, process)
-        else:
-            time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    resumed = re.search(r"resumed from step (\d+)", log.read_text())
-    return int(resumed[1]) if resumed else 0, saving()
-
-
 def results(workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
@@ -82,33 +48,6 @@ def uninterrupted(tmp_path_factory):
     done = run(workdir)
     assert done.returncode == 0, done.stderr
     return workdir
-
-
-@pytest.mark.filterwarnings("ignore")  # orbax warns that no layout is given: the file's own is what is wanted here
-def test_killed_three_times_ends_bit_identical(uninterrupted, tmp_path):
-    seed = random.randrange(2**32)
-    print("delays drawn from seed", seed)
-    workdir, moments = tmp_path / "run", random.Random(seed)
-    above, resumed, during_save = 0, [], []
-    for delay in (None, moments.uniform(0, 0.5), moments.uniform(0, 0.5)):
-        start, saving = kill(workdir, above, delay)
-        resumed.append(start)
-        during_save.append(saving)
-        above = max(whole_checkpoints(workdir))
-    last = run(workdir, "--checkpoint-every", "10")
-    assert last.returncode == 0, last.stderr
-    resumed.append(int(re.search(r"resumed from step (\d+)", last.stdout)[1]))
-
-    assert resumed[0] == 0 and all(step > 0 for step in resumed[1:])
-    assert any(during_save)
-    (records, state), (expected_records, expected) = results(workdir), results(uninterrupted)
-    assert records == expected_records
-    assert [record["epoch"] for record in records] == list(range(9))
-    for name in ("state", "masks", "totals"):
-        got, want = _leaves(state[name]), _leaves(expected[name])
-        assert len(got) == len(want) > 0
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def _leaves(tree):

@@ -8,10 +8,12 @@ import pytest
 
 import supermask_jax as sm
 from experiments import data, driver, methods, recipe, runner
+from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.evaluation import Evaluator, Held
+from experiments.files import write_text
 from experiments.mnist import Config, defaults
-from experiments.workdir import Checkpoints, Workdir, default_path, write_text
+from experiments.workdir import Workdir, default_path
 
 SETTINGS = dataclasses.replace(Config(), model="lenet-300-100", density=0.3, dataset="mnist-5k")
 

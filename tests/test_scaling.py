@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 
-from experiments import benchmark, hlo, scaling, scaling_step, scaling_tables
+from experiments import benchmark, faults, hlo, scaling, scaling_step, scaling_tables
 from experiments.cost_model import CHIPS, Assumed, Network, collective_bytes, cost_model, most_passes, state_bytes
 from supermask_jax.threshold import SAMPLE
 
@@ -158,11 +159,14 @@ def test_a_child_that_fails_says_why():
 def test_the_scaling_flag_measures_that_and_nothing_else(monkeypatch, tmp_path, capsys):
     measured = {"traffic": [], "passes": {SMALL: {"normal": 9}}, "speed": {}}
     monkeypatch.setattr(scaling, "measure", lambda rounds: measured if rounds == 3 else None)
+    monkeypatch.setattr(faults, "table", lambda scratch, seconds: [faults.Fault("flood", 7, seconds, [])])
     file = tmp_path / "scaling.json"
-    result = benchmark.main(benchmark.Config(rounds=3, scaling=True, output=str(file)))
+    result = benchmark.main(benchmark.Config(rounds=3, scaling=True, soak_seconds=5, output=str(file)))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
-    assert result.keys() == {"about", "rows", *measured}
-    assert "9.00 passes" in capsys.readouterr().out
+    assert result.keys() == {"about", "rows", "faults", *measured}
+    told = capsys.readouterr().out
+    assert "9.00 passes" in told
+    assert re.search(r"flood\W+7\W+5\W", told) and result["faults"] == [{"fault": "flood", "tries": 7, "survived": 5}]
 
 
 def test_the_tables_of_the_document_are_those_of_the_figures_and_formulae():

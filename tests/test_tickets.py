@@ -12,8 +12,8 @@ import pytest
 import supermask_jax as sm
 from experiments import data, lottery, style, ticket_display, ticket_rounds, ticket_sweeps
 from experiments.errors import UserError
+from experiments.files import read_arrays
 from experiments.tickets import Network, Trainer
-from experiments.workdir import read_arrays
 from supermask_jax.lottery import full_masks
 from supermask_jax.trees import by_path
 
