@@ -112,6 +112,7 @@ def test_saving_once_a_second_for_a_while_leaves_no_more_files_memory_or_open_fi
 
 def saved_twice(path):
     checkpoints = Checkpoints(path)
+    assert checkpoints.restore(TREE) is None
     for step in (10, 20):
         checkpoints.save(step, {**TREE, "a": TREE["a"] + step})
 

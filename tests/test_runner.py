@@ -8,7 +8,6 @@ import pytest
 
 import supermask_jax as sm
 from experiments import data, driver, methods, recipe, runner
-from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.evaluation import Evaluator, Held
 from experiments.files import write_text
@@ -255,30 +254,6 @@ def test_a_summary_without_its_figures_is_damaged(tmp_path):
     (tmp_path / "summary.json").write_text('{"seed": 1}')
     with pytest.raises(UserError, match=r"damaged \(no dataset"):
         workdir.summary()
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_none_whole_is_an_error(tmp_path):
-    tree = {"a": jnp.arange(5.0), "key": jax.random.key(3)}
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore(tree) is None
-        for step in (10, 20):
-            checkpoints.save(step, {**tree, "a": tree["a"] + step})
-    damage(tmp_path / "c" / "20")
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        with pytest.warns(UserWarning, match="cannot read the checkpoint at step 20"):
-            step, restored = checkpoints.restore(tree)
-        np.testing.assert_array_equal(restored["a"], np.arange(5.0) + 10)
-        assert step == 10
-    damage(tmp_path / "c" / "10")
-    warned, refused = pytest.warns(UserWarning, match="cannot read"), pytest.raises(UserError, match="no checkpoint in")
-    with Checkpoints(tmp_path / "c") as checkpoints, warned, refused:
-        checkpoints.restore(tree)
-
-
-def damage(folder):
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -175,14 +175,16 @@ def test_methods_that_take_no_density_get_one_cell_a_seed(tmp_path, monkeypatch)
 
 def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     base = cells.cell({}, "random", dataset="mnist-5k").config
-    elsewhere = {"data_dir", "workdir", "checkpoint_every", "preset"}  # and where it lies does not change a cell
+    elsewhere = {"data_dir", "workdir", "checkpoint_every", "preset"}  # where it lies does not change a cell ...
+    elsewhere |= {"devices", "parallel", "shard_scores"}  # ... nor what it is trained on
+    elsewhere |= {"coordinator", "num_processes", "process_id"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
     names = {default_path(base, "cells").name}
     for field in dataclasses.fields(Config):
         value = getattr(base, field.name)
         choices = [v for v in getattr(field.type, "__args__", ()) if v != value and v is not type(None)]
         if field.name in elsewhere:
-            other = {"preset": "tutorial", "checkpoint_every": 7}.get(field.name, "x")
+            other = {"preset": "tutorial", "parallel": "pmap"}.get(field.name, 8)
             assert default_path(dataclasses.replace(base, **{field.name: other}), "cells").name in names
         else:
             other = choices[0] if choices else others[type(value)](value)
