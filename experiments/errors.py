@@ -1,5 +1,7 @@
 """What a command reports as a paragraph, without a traceback."""
 
+import textwrap
+
 
 class UserError(Exception):
     """What the user can mend: bad input, missing data, a disk that is full. The message says how."""
@@ -22,3 +24,12 @@ class Diverged(UserError):
 
 class InUse(UserError):
     """A work directory that another process, which is alive, is working in."""
+
+
+class DataError(UserError):
+    """The images asked for cannot be had; the message says why and what to do next."""
+
+
+def brief(error: Exception) -> str:
+    """A line about an error of another's making."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import UserError
+from experiments.errors import DataError, UserError
 
 
 def read_json(file: Path) -> dict:
@@ -76,3 +76,11 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
         ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file of images; DataError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error}); mend this or fetch or copy this file again") from error

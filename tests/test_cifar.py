@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.data import _CIFAR_ARCHIVE as ARCHIVE
-from experiments.data import _CIFAR_FILES as FILES
-from experiments.data import _CIFAR_FOLDER as FOLDER
+from experiments import cifar, data
+from experiments.cifar import ARCHIVE, FILES, FOLDER
 
 RECORD = 3073
 RECORDS = 10  # in each of our files, one of each class
@@ -19,7 +17,7 @@ RECORDS = 10  # in each of our files, one of each class
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch):
-    monkeypatch.setattr(data, "CIFAR_RECORDS", RECORDS)
+    monkeypatch.setattr(cifar, "RECORDS", RECORDS)
 
 
 def contents(seed=0):
@@ -74,7 +72,7 @@ def test_each_plane_is_a_channel_and_each_row_a_row():
     record[1 + 2048 + 31 * 32] = 50  # blue, the last row, column 0
     record[RECORD] = 3
     record[RECORD + 1] = 9  # the second image's first pixel, red
-    images, labels = data._read_cifar("file", bytes(record), RECORDS)
+    images, labels = cifar.read_file("file", bytes(record), RECORDS)
     assert images.shape == (RECORDS, 32, 32, 3) and images.flags.c_contiguous
     assert labels.tolist() == [7, 3, *[0] * (RECORDS - 2)]
     where = [index.tolist() for index in np.nonzero(images)]

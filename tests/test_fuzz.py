@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import supermask_jax as sm
-from experiments import data, files
+from experiments import cifar, data, files
 from experiments.errors import UserError
 from supermask_jax.selection import keep_highest_of_all
 
@@ -433,7 +433,7 @@ RECORD, RECORDS = 3073, 10
 def cifar_files():
     """{official name: bytes} of ten images of noise in each file, one of each class."""
     rng, files = np.random.default_rng(0), {}
-    for name in data._CIFAR_FILES:
+    for name in cifar.FILES:
         records = rng.integers(0, 256, (RECORDS, RECORD), np.uint8)
         records[:, 0] = rng.permutation(10)
         files[name] = records.tobytes()
@@ -493,7 +493,7 @@ def damaged_cifar_files(draw):
 def test_cifar_files_give_exactly_what_they_say_or_a_data_error(contents):
     expected = parsed_cifar(contents[:5]), parsed_cifar(contents[5:])
     files = dict(zip(CIFAR_FILES, contents, strict=True))
-    with folder_of(files) as folder, mock.patch.object(data, "CIFAR_RECORDS", RECORDS):
+    with folder_of(files) as folder, mock.patch.object(cifar, "RECORDS", RECORDS):
         if None in expected:
             with pytest.raises(data.DataError) as caught:
                 data.load("cifar10", folder)
@@ -508,7 +508,7 @@ def test_cifar_files_give_exactly_what_they_say_or_a_data_error(contents):
 @given(damaged(CIFAR_ARCHIVE))
 def test_a_damaged_archive_of_cifar_gives_exactly_the_images_put_in_or_a_data_error(stored):
     contents = list(CIFAR_FILES.values())
-    with folder_of({"cifar-10-binary.tar.gz": stored}) as folder, mock.patch.object(data, "CIFAR_RECORDS", RECORDS):
+    with folder_of({"cifar-10-binary.tar.gz": stored}) as folder, mock.patch.object(cifar, "RECORDS", RECORDS):
         try:
             got = data.load("cifar10", folder)
         except data.DataError as error:
