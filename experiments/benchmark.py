@@ -420,9 +420,7 @@ def show(console, result: dict) -> None:
             table.add_row(line["name"], f"{median} {line['unit']}", spread, verdict)
     console.print(table)
     if "faults" in result:
-        table = Table(
-            "fault", "tries", "survived", title="what was done to a run, and whether it ended as if nothing had been"
-        )
+        table = Table("fault", "tries", "survived", title="what a run survives")
         for fault in result["faults"]:
             table.add_row(fault["fault"], str(fault["tries"]), str(fault["survived"]))
         console.print(table)

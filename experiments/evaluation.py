@@ -58,7 +58,7 @@ class Evaluator:
             losses, hits = jax.lax.map(one, (images, labels, weights))
             return jnp.sum(losses), jnp.sum(hits)
 
-        self._found, self._sums = compiling(found), compiling(sums)
+        self._found, self._sums = compiling(found, (None, self._layout.everywhere)), compiling(sums)
         self._judged = compiling(self._judge, self._layout.everywhere)
 
     def found(self, subnet: sm.Subnet, key: jax.Array | None = None) -> tuple[Tree, Tree]:

@@ -352,7 +352,8 @@ def soak(scratch: Path, seconds: float = 15) -> Fault:
     }
     grown = rss[-1] / rss[0] if rss else np.inf
     seen["survived"] = status == 3 and grown < 1.2 and len(saved(workdir)) == 2 and not saving(workdir)
-    return _fault(f"{seconds:g} seconds with a checkpoint a second", [seen])
+    memory = f"{rss[0] / 1e6:.0f} MB, then {rss[-1] / 1e6:.0f}" if rss else "ended too early"
+    return _fault(f"{seconds:g} s with {len(steps)} checkpoints: {memory}", [seen])
 
 
 def table(scratch: Path, soak_seconds: float = 15) -> list[Fault]:

@@ -1,5 +1,6 @@
 """Where the arrays of a run are: on one device, or on all of a mesh, be it in one process or in several."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,10 @@ class Layout:
     def shardings(self, state: sm.TrainState) -> sm.TrainState:
         """Where the leaves of a placed state are."""
         return parallel.state_shardings(self.mesh, state, self._shard_scores)
+
+    def loss(self, loss_fn: Callable) -> Callable:
+        """A loss_fn for the step on these devices: where scores are split, weights are made whole for it."""
+        return parallel.with_whole_weights(self.mesh, loss_fn) if self._shard_scores else loss_fn
 
     def replicate(self, tree: Tree) -> Tree:
         """Arrays that every process has alike, whole on every device."""

@@ -185,7 +185,7 @@ def make_driver(config, task, make_loss, tx, dataset: data.Dataset, layout: Layo
         loss_fn = make_loss(config.shift, axis_name=parallel.AXIS)
         step = parallel.pmap_step(task.forward, loss_fn, tx, learns=task.learns, devices=layout.size, donate=True)
         return PmapDriver(step, task.learns, dataset, layout)
-    step = sm.make_train_step(task.forward, make_loss(config.shift), tx, learns=task.learns)
+    step = sm.make_train_step(task.forward, layout.loss(make_loss(config.shift)), tx, learns=task.learns)
     return Driver(step, task.learns, dataset, recipe.steps_per_call(config), layout)
 
 

@@ -14,7 +14,8 @@ device, compiled by the caller as ever; the compiler adds the communication:
         state, metrics = step(state, parallel.shard_batch(mesh, batch))
 
 Losses, batch statistics, dropout and masks are those of the whole batch on one device, up to the order of sums.
-`out_shardings` keep the state where it is from step to step, so that one compilation serves them all.
+`out_shardings` keep the state where it is from step to step, so that one compilation serves them all. With
+`shard_scores=True` in both places, wrap the loss in `with_whole_weights`.
 In several processes each calls `initialize` first, makes the same state, and gives `shard_batch` its own share.
 The other road is `pmap_step`.
 """
