@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments import processes
@@ -23,6 +24,8 @@ from experiments.files import read_json, write_json
 KEPT = 2
 CHECKSUMS = "checksums.json"  # inside each checkpoint
 SAVED = "saved"  # beside the checkpoints, once there has been one
+MOST = 16  # that are looked at, the latest
+DAMAGED = ".damaged"  # after the names of those that were found so
 UNFINISHED = ".tmp"  # in the names of checkpoints that are being written or removed
 
 
@@ -38,7 +41,8 @@ class Checkpoints:
         if processes.is_first():
             path.mkdir(parents=True, exist_ok=True)
             for left in path.glob(f"*{UNFINISHED}*"):  # by a process that was killed
-                shutil.rmtree(left)
+                if left.name.split(".")[0].isdigit() and left.is_dir():
+                    shutil.rmtree(left)
         processes.meet()
 
     def save(self, step: int, tree: Any) -> None:
@@ -58,6 +62,8 @@ class Checkpoints:
                 for old in self._steps()[KEPT:]:
                     self._remove(old)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk makes orbax raise any of these
+            if processes.has_lost_others(error):
+                raise
             raise UserError(
                 f"cannot save the checkpoint at step {step} in {self._path} ({_reason(error)}). Those before it are "
                 "whole: make room or mend the directory, and give the same command again."
@@ -70,33 +76,51 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none of them can be read; or there were, and they are gone.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        steps, damaged = self._steps(), {}
+        seen = np.array([*self._steps(), *[-1] * MOST])[:MOST]
+        steps, damaged = [int(step) for step in processes.of_first(seen) if step >= 0], {}
         for step in steps:
-            try:
-                processes.first_only(lambda folder=self._path / str(step): _check(folder))
-                tree = ocp.load(self._path / str(step), abstract)
-            except Exception as error:  # whatever a damaged file makes the reader raise
-                damaged[step] = f"cannot read the checkpoint at step {step} ({str(error)[:200]})"
-                continue
-            for later, what in damaged.items() if processes.is_first() else ():
-                warnings.warn(f"{what}: it is removed, and the run goes on from step {step}", stacklevel=2)
-                self._remove(later)  # the run will save at that step again
-            return step, tree
-        for what in damaged.values():
+            fault = _fault(self._path / str(step)) if processes.is_first() else None
+            if not processes.any_of(fault is not None):
+                for later, what in damaged.items() if processes.is_first() else ():
+                    warnings.warn(f"{what}: it is renamed, and the run goes on from step {step}", stacklevel=2)
+                    self._put_aside(later)
+                return step, self._load(step, like)
+            damaged[step] = f"cannot read the checkpoint at step {step} ({fault})"
+        for what in damaged.values() if processes.is_first() else ():
             warnings.warn(what, stacklevel=2)
         if steps:
             raise UserError(
                 f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). Put whole ones back, "
                 "or begin a new run in another --workdir."
             )
-        if (self._path / SAVED).exists():
+        if processes.any_of((self._path / SAVED).exists()):
             raise UserError(gone(self._path))
         return None
+
+    def _load(self, step: int, like: Any) -> Any:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        tree, failed = None, None
+        try:
+            tree = ocp.load(self._path / str(step), abstract)
+        except Exception as error:  # whatever the reader raises
+            failed = error
+        if processes.any_of(failed is not None):  # or the others would go on, and wait for this process forever
+            raise UserError(
+                f"the checkpoint at step {step} in {self._path} could not be read ({str(failed)[:200]}), although its "
+                "files are as they were written. Give the same command again; if that does not help, move it away, and "
+                "the one before is used."
+            ) from failed
+        return tree
 
     def _steps(self) -> list[int]:
         """The steps of the checkpoints, latest first."""
         return sorted((int(folder.name) for folder in self._path.iterdir() if folder.name.isdigit()), reverse=True)
+
+    def _put_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint: the run will save at that step again."""
+        aside = self._path / f"{step}{DAMAGED}"
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        (self._path / str(step)).rename(aside)
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint; if it is interrupted, what is left does not pass for one."""
@@ -147,13 +171,16 @@ def _checksums(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _check(folder: Path) -> None:
-    """Raises UserError if a file of the checkpoint is not as it was written."""
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is not as it was written. None if it is whole."""
     if not (folder / CHECKSUMS).exists():
-        if not (folder.parent / SAVED).exists():
-            return  # of a run that began before there were any
-        raise UserError(f"{CHECKSUMS} is missing")
-    now = _checksums(folder)
-    for name, digest in read_json(folder / CHECKSUMS).items():
+        # Without any is a run that began before there were checksums.
+        return f"{CHECKSUMS} is missing" if (folder.parent / SAVED).exists() else None
+    try:
+        now, written = _checksums(folder), read_json(folder / CHECKSUMS)
+    except (OSError, UserError) as error:
+        return str(error)
+    for name, digest in written.items():
         if now.get(name) != digest:
-            raise UserError(f"{name} is {'damaged' if name in now else 'missing'}")
+            return f"{name} is {'damaged' if name in now else 'missing'}"
+    return None

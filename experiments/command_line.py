@@ -52,11 +52,14 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     except Exception as error:
         if not _is_one_of_several():
             raise
-        if not isinstance(error, RuntimeError):  # as a collective raises when another process has ended
+        from experiments.processes import has_lost_others
+
+        if not has_lost_others(error):
             traceback.print_exc()
+            _end_at_once(1)
         _complain(
-            f"{str(error)[:200]}. If another process has ended, its message says why. Give all of them the same "
-            "commands again: they go on from the last checkpoint.",
+            f"another process has ended ({str(error)[:200]}); its message says why. Give all of them the same commands "
+            "again: they go on from the last checkpoint.",
             status=1,
         )
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from experiments.hlo import wire_bytes
 
 FLOAT = 4  # bytes
-Layout = Literal["replicated", "gathered"]
+Holding = Literal["replicated", "gathered"]
 
 
 class Network(NamedTuple):
@@ -82,7 +82,7 @@ def cost_model(
     devices: int,
     images: float,
     chip: Chip,
-    layout: Layout = "replicated",
+    layout: Holding = "replicated",
     split: Collection[str] = (),
     passes: int = 0,
     assumed: Assumed = Assumed(),  # noqa: B008 - immutable
@@ -116,20 +116,20 @@ def cost_model(
     )
 
 
-def own_scores(network: Network, devices: int, layout: Layout, split: Collection[str]) -> int:
+def own_scores(network: Network, devices: int, layout: Holding, split: Collection[str]) -> int:
     """How many scores a device holds."""
     parts = set(split) if layout == "gathered" else set()
     sizes = {path: math.prod(shape) for path, shape in network.scores.items()}
     return sum(size // devices if path in parts else size for path, size in sizes.items())
 
 
-def state_bytes(network: Network, devices: int, layout: Layout, split: Collection[str] = ()) -> int:
+def state_bytes(network: Network, devices: int, layout: Holding, split: Collection[str] = ()) -> int:
     """Bytes of a device's weights, scores and momentum, and of the running statistics, which are whole everywhere."""
     return FLOAT * (3 * own_scores(network, devices, layout, split) + 2 * network.channels)
 
 
 def collective_bytes(
-    network: Network, layout: Layout, split: Collection[str] = (), passes: int = 0
+    network: Network, layout: Holding, split: Collection[str] = (), passes: int = 0
 ) -> dict[str, dict[str, int]]:
     """{part of the step: {kind: bytes of the collectives' results, per device}}; without selection's samples.
 

@@ -37,7 +37,7 @@ from experiments.subject import (
     whole,
 )
 
-KILLED_EPOCHS = 30
+KILLED_EPOCHS = 60
 ROOM = 8 * 2**20  # bytes of the disk that fills
 SOAK_WARM_UP = 5  # seconds, from which the steps between checkpoints are found
 

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text."""
+"""What a program compiled for CPUs moves between devices, read from its text."""
 
 import math
 import re
@@ -66,11 +66,6 @@ def _in_its_loops(one: Collective, computation: str, uses: dict[str, _Use]) -> C
         )
         computation = use.by
     return one
-
-
-def total_bytes(found: Iterable[Collective], passes: int = 1) -> int:
-    """Bytes of the results, per device and run of the program; loops that depend on data run `passes` times each."""
-    return sum(one.bytes * one.trips * passes**one.data_loops for one in found)
 
 
 def by_kind(found: Iterable[Collective]) -> dict[str, int]:

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: a run finishes the steps under way, saves, and ends. A second one ends it at once."""
+"""SIGTERM and Ctrl-C: a run finishes the steps under way, saves, and ends. A second one
+ends it as soon as Python, and not XLA, is running."""
 
 import contextlib
 import signal

@@ -8,7 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import supermask_jax as sm
+from experiments import processes
 from experiments.errors import UserError
+from experiments.processes import is_key
 from supermask_jax import parallel
 from supermask_jax.trees import Tree
 
@@ -37,8 +39,8 @@ class Layout:
         self._gather = jax.jit(lambda tree: tree, out_shardings=self.everywhere)
 
     def place(self, state: sm.TrainState) -> sm.TrainState:
-        """A copy of a state that every process has made alike, where a step wants it."""
-        return parallel.place_state(self.mesh, state, self._shard_scores)
+        """A copy of the first process's state where a step wants it. The others' own may differ in the last bits."""
+        return parallel.place_state(self.mesh, processes.tree_of_first(state), self._shard_scores)
 
     def shardings(self, state: sm.TrainState) -> sm.TrainState:
         """Where the leaves of a placed state are."""
@@ -57,7 +59,7 @@ class Layout:
         return self._put(array, PartitionSpec(*[None] * axis, parallel.AXIS))
 
     def whole(self, tree: Tree) -> Tree:
-        """The tree in this process's memory; on a single device, as it is. All processes must ask for it."""
+        """The tree as NumPy arrays in this process; on a single device, as it is. All processes must ask for it."""
         if self.size == 1:
             return tree
         return jax.tree.map(_fetched, self._gather(tree))
@@ -76,7 +78,7 @@ class Layout:
         return jax.tree.map(lambda leaf: _shared(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
     def _put(self, value: Any, spec: PartitionSpec) -> jax.Array:
-        if _is_key(value):
+        if is_key(value):
             return jax.random.wrap_key_data(self._put(jax.random.key_data(value), spec))
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, NamedSharding(self.mesh, spec), lambda index: value[index])
@@ -84,15 +86,11 @@ class Layout:
 
 def _shared(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same buffers under another sharding, which holds all on every device as well."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.wrap_key_data(_shared(jax.random.key_data(leaf), sharding))
     buffers = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, buffers)
 
 
 def _fetched(leaf: jax.Array):
-    return jax.random.wrap_key_data(_fetched(jax.random.key_data(leaf))) if _is_key(leaf) else np.asarray(leaf)
-
-
-def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(_fetched(jax.random.key_data(leaf))) if is_key(leaf) else np.asarray(leaf)

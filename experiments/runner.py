@@ -55,8 +55,12 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
     layout = Layout(config.devices, config.shard_scores)
     if config.batch_size % layout.size:
         raise UserError(f"--batch-size {config.batch_size} does not divide over {layout.size} devices.")
-    alone, writes = alone and processes.is_first(), processes.is_first()
-    if dataset.warning and alone:
+    shows = alone and processes.is_first()
+    if jax.process_count() > 1:
+        images = [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
+        images += [strangers.test_images] if strangers else []
+        processes.require_alike(processes.digest(*images), "the images and their order must be the same")
+    if dataset.warning and shows:
         display.show_warning(dataset.warning)
     rest, *held = data.hold_out(dataset, config.validation)
     held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
@@ -67,17 +71,18 @@ def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None
         rest = dataclasses.replace(rest, train_images=images, train_labels=labels)
     path = Path(config.workdir).expanduser() if config.workdir else default_path(config, name)
     digest = f"{zlib.crc32(dataset.train_images.tobytes()):08x}"
-    workdir = processes.in_turn(lambda: Workdir(path, config, digest, writes=writes))
+    workdir = processes.in_turn(lambda: Workdir(path, config, digest, writes=processes.is_first()))
+    processes.require_alike(workdir.mark(), f"{path} must be on a file system that all share, and the same")
     with stopping() as asked:
-        summary = workdir.summary() or _train(config, rest, held, workdir, layout, strangers, alone, asked)
+        summary = workdir.summary() or _train(config, rest, held, workdir, layout, strangers, shows, asked)
     if asked() and not alone:
         raise Interrupted(f"stopped as asked, when {workdir.path} was finished.")
-    if alone:
+    if shows:
         display.show_summary(summary, path)
     return summary
 
 
-def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strangers, alone: bool, asked) -> dict:
+def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strangers, shows: bool, asked) -> dict:
     examples = len(dataset.train_labels)
     steps_per_epoch = -(-examples // config.batch_size)
     last_step = config.epochs * steps_per_epoch
@@ -113,7 +118,7 @@ def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strang
     step, (state, totals, masks, seconds) = restored or (0, progress)
     seconds = float(seconds)
     workdir.cut_records(step if restored else -1, epochs=step // steps_per_epoch + 1 if restored else 0)
-    with display.Display(last_step, step, config.epochs, quiet=not alone) as shown:
+    with display.Display(last_step, step, config.epochs, quiet=not shows) as shown:
         if restored:
             shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
         else:
@@ -170,7 +175,7 @@ def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strang
     summary = _summary(config, dataset, workdir, layout, figures, seconds, advance.compile_seconds)
 
     def draw():
-        if alone:
+        if shows:
             from experiments import plots  # here: a process that draws nothing starts sooner without
 
             plots.draw_run(workdir.path, summary, workdir.records(), subnet, masks)

@@ -19,8 +19,8 @@ from experiments.cost_model import Network
 DENSITY = 0.5
 SPEED_NET = "mnist-convnet"
 STEPS_PER_TURN = 4
-Layout = Literal["replicated", "sharded", "gathered"]
-LAYOUTS: tuple[Layout, ...] = ("replicated", "sharded", "gathered")
+Holding = Literal["replicated", "sharded", "gathered"]
+LAYOUTS: tuple[Holding, ...] = ("replicated", "sharded", "gathered")
 
 
 def networks() -> dict[str, tuple]:
@@ -82,7 +82,7 @@ def split_layers(shapes: dict[str, tuple[int, ...]], devices: int) -> set[str]:
     return {path for path, sharding in layout.items() if not sharding.is_fully_replicated}
 
 
-def make_step(name: str, layout: Layout, mesh) -> tuple[Callable, Callable, Any]:
+def make_step(name: str, layout: Holding, mesh) -> tuple[Callable, Callable, Any]:
     """(the jitted edge-popup step on the mesh, the function that makes its state, that state's shardings).
 
     "sharded" leaves it to the compiler whether it moves weights or activations. "gathered" asks for whole masked
@@ -138,7 +138,7 @@ def make_loss(model) -> Callable:
     return loss_fn
 
 
-def traffic(name: str, layout: Layout, batch: int, as_on_accelerators: bool = True) -> dict:
+def traffic(name: str, layout: Holding, batch: int, as_on_accelerators: bool = True) -> dict:
     """What a compiled step exchanges between all devices of this process. Nothing is run, and no state is made.
 
     Args:

@@ -25,6 +25,8 @@ SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "e
 CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
 # But for the order of sums and, under pmap, the draws of each device: a run may go on with other ones.
 CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -126,6 +128,11 @@ class Workdir:
             raise
         write_json(self.path / "summary.json", summary)
 
+    def mark(self) -> int:
+        """An int32 that is the same for all who see this very directory."""
+        written = (self.path / "config.json").stat()
+        return (written.st_mtime_ns ^ written.st_size) % 2**31
+
     def config(self) -> dict:
         """The settings that the run began with."""
         return read_json(self.path / "config.json")
@@ -177,22 +184,28 @@ class Workdir:
 
 
 class _Lock:
-    """The lock of an open directory. It ends with this object, or with the process, however that ends."""
+    """The lock of a directory. It ends with this object, or with the process, however that ends.
 
-    _directory = None
+    A file that is open for writing: network disks lock nothing else. Some lock nothing at all.
+    """
+
+    _file = None
 
     def __init__(self, path: Path):
-        self._directory = os.open(path, os.O_RDONLY)
+        self._file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InUse(
                 f"another process is working in {path}. Wait until it ends, or name another --workdir."
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
     def __del__(self):
-        if self._directory is not None:
-            os.close(self._directory)
+        if self._file is not None:
+            os.close(self._file)
 
 
 _locks = weakref.WeakValueDictionary()  # one for each directory, however often this process opens it

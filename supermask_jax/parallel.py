@@ -106,8 +106,8 @@ def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -
       shard_scores: False: every device holds all. True: scores, weights and optimizer state are split over the mesh,
         each array along the largest axis that the number of devices divides, the last one only where it divides no
         other (whole where there is none), so that a device stores and updates its part. Selection then exchanges
-        counts and small samples, never scores; whether masked weights or activations are gathered for a layer's
-        product is the compiler's choice, or that of `with_whole_weights`.
+        counts and small samples, never scores. For a layer's product the compiler gathers what it likes, of a convnet
+        also activations; `with_whole_weights` makes it the weights.
     """
 
     def split(leaf) -> NamedSharding:

@@ -44,7 +44,7 @@ def test_killed_twenty_times_it_goes_on_each_time_and_ends_bit_identical(scratch
     assert any(during_save) and not all(during_save)
     steps = [seen["next"] for seen in fault.details]
     assert all(step > 0 for step in steps) and steps == sorted(steps)
-    left = {file.name for file in (scratch / "killed").iterdir()}
+    left = {file.name for file in (scratch / "killed").iterdir()} - {".lock"}
     pictures = {name for name in left if name.endswith(".png")}
     assert left == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"} | pictures and pictures
     kept = {file.name for file in (scratch / "killed" / "checkpoints").iterdir()}
@@ -139,7 +139,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(tmp_path, how):
             damaged.write_bytes(content[:place] + (b"" if how == "cut" else noise + content[place + len(noise) :]))
         with pytest.warns(UserWarning, match=r"cannot read the checkpoint at step 20 .* goes on from step 10"):
             assert restored(path) == 10
-        assert sorted(file.name for file in path.iterdir()) == ["10", "saved"]
+        assert sorted(file.name for file in path.iterdir()) == ["10", "20.damaged", "saved"]
 
 
 def test_after_a_damaged_checkpoint_it_saves_at_that_step_again(tmp_path):
@@ -151,7 +151,19 @@ def test_after_a_damaged_checkpoint_it_saves_at_that_step_again(tmp_path):
     for step in (15, 20):
         checkpoints.save(step, {**TREE, "a": TREE["a"] + step})
     assert restored(tmp_path) == 20
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["15", "20", "saved"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["15", "20", "20.damaged", "saved"]
+
+
+def test_a_whole_checkpoint_that_cannot_be_read_now_is_an_error_and_stays(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saved_twice(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.v1.load", fail)
+        with pytest.raises(UserError, match=r"step 20 in .* not be read .*Input/output error.* as they were written"):
+            Checkpoints(tmp_path).restore(TREE)
+    assert restored(tmp_path) == 20
 
 
 def test_checkpoints_from_before_there_were_checksums_are_read_unless_newer_ones_lie_beside_them(tmp_path):
@@ -191,12 +203,12 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
         shutil.copytree(workdir / "checkpoints" / "20", workdir / "checkpoints" / name)
     (workdir / "config.json").write_text("{}")
     (workdir / ".hidden").write_text("the user's")
-    (workdir / "checkpoints" / "notes").write_text("the user's")
+    (workdir / "checkpoints" / "notes.tmp").write_text("the user's")
     with pytest.raises(UserError, match="other settings"):
         Workdir(workdir, Config(), "digest")
     assert restored(workdir / "checkpoints") == 20
-    assert sorted(file.name for file in (workdir / "checkpoints").iterdir()) == ["10", "20", "notes", "saved"]
-    assert sorted(file.name for file in workdir.iterdir()) == [".hidden", "checkpoints", "config.json"]
+    assert sorted(file.name for file in (workdir / "checkpoints").iterdir()) == ["10", "20", "notes.tmp", "saved"]
+    assert sorted(file.name for file in workdir.iterdir()) == [".hidden", ".lock", "checkpoints", "config.json"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Where devices are simulated, this happens in processes of their own: this one ha
 
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -166,14 +167,41 @@ def test_what_fails_in_the_first_process_fails_in_all_and_so_do_different_flags(
     one, two = commands(tmp_path / "run")
     told = ended([start(*one), start(*two, "--seed", "1")], 90)
     assert [status for status, _, _ in told] == [1, 1]
-    assert all("given different flags" in errors and "Traceback" not in errors for _, _, errors in told)
+    assert all("flags, but for --process-id" in errors and "Traceback" not in errors for _, _, errors in told)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_have_other_images_or_see_another_directory_are_told_so(tmp_path):
+    dataset = data.load("mnist-5k")
+    for name, order in (("one", slice(None)), ("other", slice(None, None, -1))):
+        files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        parts = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+        (tmp_path / name).mkdir()
+        for file, part in zip(files, parts, strict=True):
+            part = part[order].astype(np.uint8).reshape(len(part), *[28, 28][: 2 * (part.ndim > 1)])
+            head = np.array([0x800 + part.ndim, *part.shape], ">u4").tobytes()
+            (tmp_path / name / f"{file}-ubyte").write_bytes(head + part.tobytes())
+    first, second = commands(tmp_path / "run", "--dataset", "idx", "--epochs", "1")
+    told = ended([start(*first, "--data-dir", tmp_path / "one"), start(*second, "--data-dir", tmp_path / "other")], 90)
+    assert [status for status, _, _ in told] == [1, 1]
+    assert all("the images and their order must be the same" in " ".join(errors.split()) for _, _, errors in told)
+
+    stale = ended([start(*first[: first.index("--coordinator")], "--epochs", "1", "--dataset", "mnist-5k")])
+    assert stale[0][0] == 0
+    first, second = commands(tmp_path / "fresh", "--epochs", "1")
+    second[second.index("--workdir") + 1] = tmp_path / "run"
+    told = ended([start(*first), start(*second)], 90)
+    assert [status for status, _, _ in told] == [1, 1]
+    assert all(
+        "must be on a file system that all share, and the same in all" in " ".join(errors.split())
+        for _, _, errors in told
+    )
 
 
 def test_under_slurm_the_environment_says_who_takes_part(tmp_path):
     run = [sys.executable, "-m", "experiments.mnist", "--model", "mlp", "--width", "16", "--dataset", "mnist-5k"]
     run += ["--epochs", "1", "--coordinator", "auto", "--workdir", tmp_path / "run"]
-    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_ID": str(random.randrange(10**6)), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     told = ended([start(*run, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)], 120)
     assert [status for status, _, _ in told] == [0, 0], told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -227,6 +255,9 @@ def test_flags_of_several_devices_are_checked_before_anything_starts(settings, s
 
 def test_alone_a_process_is_the_first_and_asks_nobody():
     assert processes.is_first() and processes.any_of(True) and not processes.any_of(False)
-    assert processes.of_first(0.1) == 0.1 and processes.in_turn(lambda: "result") == "result"
+    assert processes.of_first(0.1) == 0.1 and processes.of_first(np.arange(3)).tolist() == [0, 1, 2]
+    assert processes.tree_of_first("anything") == "anything"
+    processes.require_alike(7, "nothing to compare with: 7")
+    assert processes.in_turn(lambda: "result") == "result"
     with pytest.raises(OSError, match="mine"):
         processes.in_turn(lambda: (_ for _ in ()).throw(OSError("mine")))
