@@ -14,6 +14,15 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What processes of their own compile is kept for the next ones: that is most of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:  # too late for this process, which has imported jax
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp().parent / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 @pytest.fixture
 def strict_dtypes():
     """No implicit change of dtype inside the test."""

@@ -24,7 +24,7 @@ RUNS = {
     "bernoulli": ("one", "sharded"),
     "rigl": ("one", "sharded"),
 }
-BY_TWO = {"edge-popup": ("sharded", "pmap"), "bernoulli": ("jit",), "rigl": ("sharded",)}
+BY_TWO = {"edge-popup": ("sharded", "pmap"), "bernoulli": ("sharded",), "rigl": ("sharded",)}
 
 
 def main(folder, port=None, process_id=None):

@@ -37,7 +37,7 @@ def test_without_network_and_data_it_says_so_and_finds_a_supermask_on_mnist_5k(t
     assert "mnist-5k" in done.stdout and "epoch   2/2" in done.stdout
     files = {p.name for p in (tmp_path / "run").iterdir()}
     pictures = {"curves.png", "layers.png", "kernels.png", "flips.png"}
-    assert files == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"} | pictures
+    assert files == {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints"} | pictures
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     keys = "method dataset density test_accuracy best_test_accuracy test_loss epochs steps train_seconds"

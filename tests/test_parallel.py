@@ -24,6 +24,7 @@ def start(devices, *arguments):
         "JAX_PLATFORMS": "cpu",
         # Barely optimized: compiling is what takes the time here.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # compilations are counted
         "PJRT_NPROC": "32",  # with a thread per core, eight devices on few cores can wait for each other forever
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }

@@ -109,7 +109,7 @@ def test_the_summary_on_disk_is_what_main_returns_and_the_picture_is_real(compar
     assert {file.name for file in (folder / "compare").iterdir()} == {"summary.json", "compare.png"}
     assert_is_a_picture(folder / "compare" / "compare.png")
     for cell in (folder / "cells").iterdir():  # of which checkpoints are not needed, once it is finished
-        assert {file.name for file in cell.iterdir()} == {"config.json", "metrics.jsonl", "summary.json"}
+        assert {file.name for file in cell.iterdir()} == {".lock", "config.json", "metrics.jsonl", "summary.json"}
 
 
 def test_a_second_run_trains_nothing_and_a_wider_one_only_the_new_cells(compared, tmp_path, monkeypatch):
