@@ -186,7 +186,7 @@ class Workdir:
 class _Lock:
     """The lock of a directory. It ends with this object, or with the process, however that ends.
 
-    A file that is open for writing: network disks lock nothing else. Some lock nothing at all.
+    A file that is open for writing: an exclusive flock over NFS needs that. Some file systems lock nothing at all.
     """
 
     _file = None
