@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import command_line
-from experiments.errors import UserError
+from experiments.run import command_line
+from experiments.run.errors import UserError
 
 WARM_UP = 2  # rounds that are not counted
 STEP_DENSITY = 0.5
@@ -88,7 +88,7 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
     """Measures, prints the table, writes the JSON file and returns what is in it."""
     from rich.console import Console
 
-    from experiments import files
+    from experiments.run import files
 
     console = Console(file=sys.stdout)
     file = Path(config.output or f"runs/benchmark/{'scaling' if config.scaling else 'benchmark'}.json")
@@ -105,7 +105,7 @@ def main(config: Config, sizes: Sizes = Sizes()) -> dict:  # noqa: B008 - immuta
 
 def measure_scaling(config: Config, sizes: Sizes, no_torch: str | None, console) -> dict:
     """{"rows": the table, and what it was made from}."""
-    from experiments import faults, scaling
+    from experiments.bench import faults, scaling
 
     with console.status("several devices: minutes"):
         measured = scaling.measure(config.rounds)
@@ -179,7 +179,9 @@ def noise(sizes: Sizes):
     """Random images in the shape of MNIST, whose content costs a step nothing, and the convnet's weights for them."""
     import jax
 
-    from experiments import data, mnist, recipe
+    from experiments import mnist
+    from experiments.data import load as data
+    from experiments.training import recipe
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (sizes.images, *sizes.image_shape), np.uint8)
@@ -199,7 +201,9 @@ class OurStep:
         import jax.numpy as jnp
 
         import supermask_jax as sm
-        from experiments import driver, methods, mnist, recipe
+        from experiments import mnist
+        from experiments.training import methods, recipe
+        from experiments.training import stepper as driver
 
         self.config = mnist.Config(method=method, batch_size=batch, density=STEP_DENSITY, learning_rate=LEARNING_RATE)
         examples, key = len(dataset.train_labels), jax.random.key(0)
@@ -233,7 +237,7 @@ def compiling_and_memory(ours: dict[int, dict[str, OurStep]], dataset) -> list[d
     """Rows of what one step needs beside its time. To be measured first: a process's peaks only grow."""
     import jax
 
-    from experiments import driver
+    from experiments.training import stepper as driver
 
     steps = {f"{name}, batch {batch}": step for batch, of in ours.items() for name, step in of.items()}
     jax.block_until_ready([step() for step in steps.values()])
@@ -266,7 +270,7 @@ def torch_arguments(dataset, weights, ours: OurStep) -> dict[str, Any]:
     """What `torch_reference.serve` is given: weights, scores, batch and settings that our edge-popup starts from."""
     import jax
 
-    from experiments import methods, recipe
+    from experiments.training import methods, recipe
     from supermask_jax.trees import by_path
 
     batch = first_batch(dataset, ours.config.batch_size)
@@ -291,7 +295,7 @@ def torch_steps(dataset, weights, ours: OurStep) -> Iterator[dict[str, Callable[
 
     They run in a process of their own: the threads of torch and of XLA, waiting busily in one process, would slow both.
     """
-    from experiments import torch_reference
+    from experiments.bench import torch_reference
 
     arguments = torch_arguments(dataset, weights, ours)
     spawn = multiprocessing.get_context("spawn")
@@ -331,7 +335,7 @@ def time_selection(weights, rounds: int) -> list[dict]:
     import jax.numpy as jnp
 
     import supermask_jax as sm
-    from experiments import driver
+    from experiments.training import stepper as driver
 
     rng = np.random.default_rng(0)
     normal = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape, np.float32)), weights)
@@ -368,7 +372,7 @@ def time_bandwidth(shape: tuple[int, int], rounds: int) -> list[dict]:
     import jax.numpy as jnp
 
     import supermask_jax as sm
-    from experiments import driver
+    from experiments.training import stepper as driver
 
     scores = jax.random.uniform(jax.random.key(0), shape, minval=-1)
     functions = {"selection": lambda s: sm.edge_popup(STEP_DENSITY)(s, None), "copy": jnp.copy}
@@ -388,7 +392,7 @@ def about(config: Config, no_torch: str | None) -> dict:
     """What the figures were measured on and with."""
     import jax
 
-    from experiments import runner
+    from experiments.training import fit as runner
 
     versions = runner.versions()
     if not no_torch:

@@ -7,8 +7,8 @@ on with the cells that are there.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from experiments import command_line
-from experiments.errors import require
+from experiments.run import command_line
+from experiments.run.errors import require
 
 Method = Literal[
     "dense", "edge-popup", "bernoulli", "random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"
@@ -64,9 +64,9 @@ class Config:
 
 def main(config: Config) -> dict:
     """Runs, or finishes, every cell, draws compare.png and returns what it writes to summary.json."""
-    from experiments import cells
     from experiments.mnist import FREE_DENSITY
-    from experiments.style import save
+    from experiments.plots.style import save
+    from experiments.sweeps import cells
 
     dataset = cells.open_data(config)
     names = ("model", "width", "depth", "epochs", "judge", "strangers")
@@ -94,9 +94,9 @@ def draw(summary: dict):
     """Accuracy against density and against FLOPs, and what was judged beside it, of every method."""
     import numpy as np
 
-    from experiments import cells
     from experiments.mnist import FREE_DENSITY
-    from experiments.style import log_axis, new_figure
+    from experiments.plots.style import log_axis, new_figure
+    from experiments.sweeps import cells
 
     rows, config = summary["rows"], summary["config"]
     masked = [row for row in rows if row["method"] not in FREE_DENSITY]

@@ -9,8 +9,8 @@ rounds it is found, by which criterion?
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from experiments import command_line
-from experiments.errors import UserError, require
+from experiments.run import command_line
+from experiments.run.errors import UserError, require
 
 # Frankle & Carbin 2019, table 1 (LeNet): Adam 1.2e-3, batches of 60, 20 % a round, the output layer at half of it.
 PRESETS = {"short": {}, "paper": {"steps": 50_000, "rounds": 20, "trials": 5, "checkpoint_every": 10_000}}
@@ -189,7 +189,10 @@ def defaults(preset: str = "short") -> dict:
 
 def main(config: Config) -> dict:
     """Runs, or resumes, the experiment or the sweep; returns the summary that it also writes to summary.json."""
-    from experiments import data, display, ticket_rounds, ticket_sweeps  # here, so that --help answers at once
+    from experiments.data import load as data
+    from experiments.run import display
+    from experiments.tickets import questions as ticket_sweeps  # here, so that --help answers at once
+    from experiments.tickets import rounds as ticket_rounds
 
     dataset = data.load(config.dataset, config.data_dir)
     if dataset.warning:

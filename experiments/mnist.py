@@ -8,8 +8,8 @@ weights, for comparison; the other methods train them under masks.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from experiments import command_line
-from experiments.errors import UserError, require
+from experiments.run import command_line
+from experiments.run.errors import UserError, require
 
 WEIGHTS_LEARN = {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1}
 REWIRED = {**WEIGHTS_LEARN, "distribution": "erk"}
@@ -242,7 +242,9 @@ def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
 
 def main(config: Config) -> dict:
     """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
-    from experiments import data, processes, runner  # here, so that --help answers at once
+    from experiments.data import load as data
+    from experiments.run import processes
+    from experiments.training import fit as runner  # here, so that --help answers at once
 
     processes.join(config)
     dataset = processes.in_turn(lambda: data.load(config.dataset, config.data_dir))

@@ -8,9 +8,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import Positional, arg
 
-from experiments import command_line
-from experiments.errors import UserError
-from experiments.style import (
+from experiments.plots.style import (
     COLOURS,
     MARKERS,
     OTHER_STAGES,
@@ -23,6 +21,8 @@ from experiments.style import (
     save,
     style_axes,
 )
+from experiments.run import command_line
+from experiments.run.errors import UserError
 
 Run = tuple[dict, list[dict]]  # the contents of summary.json and of metrics.jsonl
 
@@ -95,7 +95,7 @@ def _read_run(path: Path) -> Run:
 
 def _groups(runs: list[Run]) -> dict[str, list[Run]]:
     """{label: runs that differ in nothing but the seed}. A label says the method and all that sets it apart."""
-    from experiments.workdir import CHANGE_NO_RESULT
+    from experiments.run.workdir import CHANGE_NO_RESULT
 
     ignored = (*CHANGE_NO_RESULT, "seed", "data")  # data: the same images come in another order from another source
     by_settings = {}

@@ -9,8 +9,8 @@ edge-popup finds in networks of several widths, depths and training sets. Each l
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments import command_line
-from experiments.errors import require
+from experiments.run import command_line
+from experiments.run.errors import require
 
 Part = Literal["construction", "width", "depth", "narrow", "data"]
 Family = Literal["mlp", "cnn"]
@@ -66,8 +66,9 @@ class Config:
 
 def main(config: Config) -> dict:
     """Runs, or finishes, every part, draws the pictures and returns what it writes to summary.json."""
-    from experiments import cells, target
-    from experiments.style import save
+    from experiments.plots.style import save
+    from experiments.sweeps import cells
+    from experiments.sweeps import construction as target
 
     dataset = cells.open_data(config)
     built = target.construct(config, dataset) if "construction" in config.parts else {}
@@ -96,7 +97,7 @@ AXES = {
 
 def grid(config: Config, examples: int) -> list:
     """The cells of the learned parts, for a training set of so many images."""
-    from experiments import cells
+    from experiments.sweeps import cells
 
     found = []
 
@@ -139,8 +140,8 @@ def width_for(family: str, depth: int) -> int:
 
 def draw_learned(summary: dict):
     """What edge-popup found: accuracy by width, by depth at equal parameters, by depth when narrow, by images."""
-    from experiments import cells
-    from experiments.style import new_figure
+    from experiments.plots.style import new_figure
+    from experiments.sweeps import cells
 
     config, rows = summary["config"], summary["rows"]
     parts = [part for part in AXES if any(row["part"] == part for row in rows)]

@@ -9,8 +9,8 @@ widened, a sweep goes on with the cells that are there.
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments import command_line
-from experiments.errors import require
+from experiments.run import command_line
+from experiments.run.errors import require
 
 Distribution = Literal["uniform", "uniform+", "er", "erk", "erk+", "snip", "grasp", "synflow"]
 Method = Literal["magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"]
@@ -73,8 +73,8 @@ class Config:
 
 def main(config: Config) -> dict:
     """Runs, or finishes, every cell, draws the pictures and returns what it writes to summary.json."""
-    from experiments import cells
-    from experiments.style import save
+    from experiments.plots.style import save
+    from experiments.sweeps import cells
 
     dataset = cells.open_data(config)
     path, summary = cells.carry_out(config, grid(config), dataset)
@@ -92,7 +92,7 @@ def main(config: Config) -> dict:
 
 def grid(config: Config) -> list:
     """The cells of both sweeps."""
-    from experiments import cells
+    from experiments.sweeps import cells
 
     densities = sorted(set(config.densities), reverse=True)
     shared = {name: getattr(config, name) for name in ("model", "epochs", "batch_size", "learning_rate", "strangers")}
@@ -126,8 +126,8 @@ def draw_distributions(summary: dict):
     """One network by density: accuracy, calibration, out-of-distribution detection, robustness, gradient flow."""
     import numpy as np
 
-    from experiments import cells
-    from experiments.style import log_axis, new_figure
+    from experiments.plots.style import log_axis, new_figure
+    from experiments.sweeps import cells
 
     config = summary["config"]
     rows = [row for row in summary["rows"] if row["part"] == "distribution"]
@@ -174,8 +174,8 @@ def draw_distributions(summary: dict):
 
 def draw_sizes(summary: dict):
     """Accuracy by width, a panel for each depth: dense, and randomly pruned to each density. None without sizes."""
-    from experiments import cells
-    from experiments.style import log_axis, new_figure
+    from experiments.plots.style import log_axis, new_figure
+    from experiments.sweeps import cells
 
     config = summary["config"]
     rows = [row for row in summary["rows"] if row["part"] == "size"]

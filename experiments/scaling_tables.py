@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import scaling, scaling_step
-from experiments.cost_model import CHIPS, collective_bytes, cost_model, most_passes
+from experiments.bench import scaling, scaling_step
+from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, most_passes
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"

@@ -1,0 +1,186 @@
+"""The checkpoints of a run: each is whole or not there, whatever kills the process that writes it."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from experiments.run import processes
+from experiments.run.errors import UserError
+from experiments.run.files import read_json, write_json
+
+KEPT = 2
+CHECKSUMS = "checksums.json"  # inside each checkpoint
+SAVED = "saved"  # beside the checkpoints, once there has been one
+MOST = 16  # that are looked at, the latest
+DAMAGED = ".damaged"  # after the names of those that were found so
+UNFINISHED = ".tmp"  # in the names of checkpoints that are being written or removed
+
+
+class Checkpoints:
+    """The last checkpoints of a run, by step, each whole or not there: its directory gets its name when all is in it.
+
+    Each holds the checksums of its files, because the reader does not notice bytes that changed inside an array. Where
+    several processes train together, all must call, and the first one does what is done once.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path.absolute()
+        if processes.is_first():
+            path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob(f"*{UNFINISHED}*"):  # by a process that was killed
+                if left.name.split(".")[0].isdigit() and left.is_dir():
+                    shutil.rmtree(left)
+        processes.meet()
+
+    def save(self, step: int, tree: Any) -> None:
+        """Saves a pytree of arrays; returns when it is on disk. (A background save would read donated buffers.)
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        folder, unfinished = self._path / str(step), self._path / f"{step}{UNFINISHED}"
+        try:
+            with _unlogged():
+                ocp.save(unfinished, tree)
+            if processes.is_first():
+                write_json(unfinished / CHECKSUMS, _checksums(unfinished))
+                unfinished.rename(folder)
+                (self._path / SAVED).touch()
+                for old in self._steps()[KEPT:]:
+                    self._remove(old)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk makes orbax raise any of these
+            if processes.has_lost_others(error):
+                raise
+            raise UserError(
+                f"cannot save the checkpoint at step {step} in {self._path} ({_reason(error)}). Those before it are "
+                "whole: make room or mend the directory, and give the same command again."
+            ) from error
+        processes.meet()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(step, tree) of the latest whole checkpoint, laid out like `like`; None when there never was one.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read; or there were, and they are gone.
+        """
+        seen = np.array([*self._steps(), *[-1] * MOST])[:MOST]
+        steps, damaged = [int(step) for step in processes.of_first(seen) if step >= 0], {}
+        for step in steps:
+            fault = _fault(self._path / str(step)) if processes.is_first() else None
+            if not processes.any_of(fault is not None):
+                for later, what in damaged.items() if processes.is_first() else ():
+                    warnings.warn(f"{what}: it is renamed, and the run goes on from step {step}", stacklevel=2)
+                    self._put_aside(later)
+                return step, self._load(step, like)
+            damaged[step] = f"cannot read the checkpoint at step {step} ({fault})"
+        for what in damaged.values() if processes.is_first() else ():
+            warnings.warn(what, stacklevel=2)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). Put whole ones back, "
+                "or begin a new run in another --workdir."
+            )
+        if processes.any_of((self._path / SAVED).exists()):
+            raise UserError(gone(self._path))
+        return None
+
+    def _load(self, step: int, like: Any) -> Any:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        tree, failed = None, None
+        try:
+            tree = ocp.load(self._path / str(step), abstract)
+        except Exception as error:  # whatever the reader raises
+            failed = error
+        if processes.any_of(failed is not None):  # or the others would go on, and wait for this process forever
+            raise UserError(
+                f"the checkpoint at step {step} in {self._path} could not be read ({str(failed)[:200]}), although its "
+                "files are as they were written. Give the same command again; if that does not help, move it away, and "
+                "the one before is used."
+            ) from failed
+        return tree
+
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints, latest first."""
+        return sorted((int(folder.name) for folder in self._path.iterdir() if folder.name.isdigit()), reverse=True)
+
+    def _put_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint: the run will save at that step again."""
+        aside = self._path / f"{step}{DAMAGED}"
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        (self._path / str(step)).rename(aside)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint; if it is interrupted, what is left does not pass for one."""
+        left = (self._path / str(step)).rename(self._path / f"{step}{UNFINISHED}")
+        shutil.rmtree(left)
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, where that is all there is to know of a failed write."""
+    number = getattr(error, "errno", None) or re.search(r"os_error_code='(\d+)'", str(error))
+    if number is None:
+        return str(error)[:200]
+    return os.strerror(number if isinstance(number, int) else int(number[1]))
+
+
+def gone(path: Path) -> str:
+    return (
+        f"this run has saved checkpoints in {path}, and there are none now. Put them back, or begin a new run in "
+        "another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Orbax also logs what it raises, with the tracebacks of all its threads. After a failure it stays silent: those
+    threads outlive it, and print that nobody waits for them any more."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = partial(_show_all_but_orphans, hook)
+    yield
+    logger.setLevel(level)
+    sys.unraisablehook = hook
+
+
+def _show_all_but_orphans(hook: Callable, unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """{path: SHA-256} of all files of a checkpoint."""
+    digests = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != CHECKSUMS:
+            with open(file, "rb") as stream:
+                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is not as it was written. None if it is whole."""
+    if not (folder / CHECKSUMS).exists():
+        # Without any is a run that began before there were checksums.
+        return f"{CHECKSUMS} is missing" if (folder.parent / SAVED).exists() else None
+    try:
+        now, written = _checksums(folder), read_json(folder / CHECKSUMS)
+    except (OSError, UserError) as error:
+        return str(error)
+    for name, digest in written.items():
+        if now.get(name) != digest:
+            return f"{name} is {'damaged' if name in now else 'missing'}"
+    return None

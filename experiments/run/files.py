@@ -1,0 +1,86 @@
+"""Files that are written whole or not at all, and read as they were written or not at all."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.run.errors import DataError, UserError
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; UserError if it is damaged."""
+    try:
+        value = json.loads(file.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:  # bad JSON, or bytes that are no text
+        raise UserError(f"{file} is damaged ({error}); move it away, or name another --workdir.") from error
+    return value
+
+
+def write_json(file: Path, value: dict) -> None:
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    _write(file, text.encode())
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, as that of a full disk, the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Writes a whole file or, if anything interrupts it, leaves the old one."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with naming(file), open(new, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes {name: array} as an .npz, whole or not at all."""
+    stream = io.BytesIO()
+    np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+    _write(file, stream.getvalue())
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; UserError if it is missing or damaged."""
+    try:
+        stored = file.read_bytes()
+        with np.load(io.BytesIO(stored)) as archive:
+            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
+            # A zip file ends with the number of its files, which its reader ignores.
+            if archive.zip.testzip() or len(archive.files) != int.from_bytes(stored[-12:-10], "little"):
+                raise ValueError("its checksums do not match")
+            return dict(archive)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise UserError(
+            f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file of images; DataError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error}); mend this or fetch or copy this file again") from error

@@ -1,0 +1,221 @@
+"""The directory of a run. Files are replaced whole or, like the metrics, only added to; a run can be resumed."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.run.checkpoints import Checkpoints, gone
+from experiments.run.errors import InUse, UserError
+from experiments.run.files import naming, read_json, write_json, write_text
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
+SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
+
+CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
+# But for the order of sums and, under pmap, the draws of each device: a run may go on with other ones.
+CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def default_path(config, name: str) -> Path:
+    """runs/<name>/<method>-<dataset>-d<density>-s<seed>-<digest of all settings that bear on the result>."""
+    density = f"-d{config.density:g}" if config.density < 1 else ""  # a method that takes none has 1
+    return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest(config)}"
+
+
+def digest(config) -> str:
+    """Eight characters that stand for all settings that bear on the result."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGE_NO_RESULT}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+class Workdir:
+    """A run's files under `path`. A new directory takes the settings; an old one must hold the same.
+
+    `summary_keys`: what a whole summary.json holds. `writes`: whether this process does; if not, another one does, and
+    has made the directory.
+    """
+
+    def __init__(
+        self, path: Path, config, data_digest: str, summary_keys: set[str] = SUMMARY_KEYS, writes: bool = True
+    ):
+        self.path, self._summary_keys, self._writes = Path(path), summary_keys, writes
+        if not writes:
+            if not (self.path / "config.json").is_file():
+                raise UserError(
+                    f"the first process wrote {self.path / 'config.json'}, and this one cannot see it. "
+                    "Name a --workdir on a file system that all processes share."
+                )
+            return
+        record = {**dataclasses.asdict(config), "workdir": str(path), "data": data_digest}
+        record = json.loads(json.dumps(record))  # as it will be read again: a tuple becomes a list
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            for left in [left for name in A_RUNS_FILES for left in self.path.glob(f".{name}.*")]:
+                left.unlink()  # half written by a process that was killed
+            found = [name for name in A_RUNS_FILES if (self.path / name).exists()]
+            if "config.json" in found and len(found) > 1:  # alone, it is of a run that did not begin
+                self._refuse_other_settings(record)
+            elif found and found != ["config.json"]:
+                raise UserError(
+                    f"{self.path} holds {', '.join(found)} but not config.json, the settings of that run. "
+                    "Put it back, or name another --workdir."
+                )
+            else:
+                write_json(self.path / "config.json", record)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the work directory {self.path} ({error}); name another with --workdir"
+            ) from error
+
+    def _refuse_other_settings(self, record: dict) -> None:
+        old = self.config()
+        if old.get("data") != record["data"] and old.get("dataset") == record["dataset"]:
+            raise UserError(
+                f"{self.path} holds a run on {old['dataset']} images that are not those found now, or in another "
+                "order. Name the directory it used with --data-dir, or begin a new run in another --workdir."
+            )
+        differing = [
+            f"{field} (was {old.get(field)!r}, now {record.get(field)!r})"
+            for field in sorted({*old, *record} - {*CHANGE_NO_RESULT})
+            if old.get(field) != record.get(field)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give that run's settings to "
+                "go on with it, or another --workdir to begin a new one."
+            )
+
+    def summary(self) -> dict | None:
+        """The summary of a finished run, or None."""
+        file = self.path / "summary.json"
+        if not file.exists():
+            return None
+        summary = read_json(file)
+        if missing := self._summary_keys - set(summary):
+            raise UserError(f"{file} is damaged (no {', '.join(sorted(missing))}); move it away to have it made again.")
+        return summary
+
+    def finish(self, summary: dict, draw: Callable[[], None]) -> None:
+        """Draws the pictures and writes summary.json, the mark of a finished run.
+
+        A picture that fails does not cost the result; a run that is interrupted, or finds the disk full, while it draws
+        does so again.
+        """
+        if not self._writes:
+            return
+        try:
+            with naming(self.path):
+                draw()
+        except Exception as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
+            write_json(self.path / "summary.json", summary)
+            raise
+        write_json(self.path / "summary.json", summary)
+
+    def mark(self) -> int:
+        """An int32 that is the same for all who see this very directory."""
+        written = (self.path / "config.json").stat()
+        return (written.st_mtime_ns ^ written.st_size) % 2**31
+
+    def config(self) -> dict:
+        """The settings that the run began with."""
+        return read_json(self.path / "config.json")
+
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        records = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a killed run may have half written its last line
+                records.append(json.loads(line))
+        return records
+
+    def cut_records(self, step: int, epochs: int) -> None:
+        """Drops the lines of metrics.jsonl that come after `step`: a resumed run writes them again.
+
+        Raises:
+          UserError: what is left is not one line for each of the first `epochs` epochs, counted from 0.
+        """
+        kept = [record for record in self.records() if record["step"] <= step]
+        if [record["epoch"] for record in kept] != list(range(epochs)):
+            raise UserError(
+                f"{self.path / 'metrics.jsonl'} does not hold the epochs 0 to {epochs - 1} that the checkpoint at step "
+                f"{step} has behind it. Put the file back, or begin a new run in another --workdir."
+            )
+        if not self._writes:
+            return
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append(self, record: dict) -> dict:
+        """Adds one line to metrics.jsonl, on disk when this returns; returns the record."""
+        if self._writes:
+            file = self.path / "metrics.jsonl"
+            with naming(file), open(file, "a") as stream:
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        return record
+
+    def checkpoints(self) -> Checkpoints:
+        """Of this run.
+
+        Raises:
+          UserError: they were there, and are gone.
+        """
+        if (self.path / "metrics.jsonl").exists() and not (self.path / "checkpoints").exists():
+            raise UserError(gone(self.path / "checkpoints"))
+        return Checkpoints(self.path / "checkpoints")
+
+
+class _Lock:
+    """The lock of a directory. It ends with this object, or with the process, however that ends.
+
+    A file that is open for writing: an exclusive flock over NFS needs that. Some file systems lock nothing at all.
+    """
+
+    _file = None
+
+    def __init__(self, path: Path):
+        self._file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUse(
+                f"another process is working in {path}. Wait until it ends, or name another --workdir."
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+
+    def __del__(self):
+        if self._file is not None:
+            os.close(self._file)
+
+
+_locks = weakref.WeakValueDictionary()  # one for each directory, however often this process opens it
+
+
+def _lock(path: Path) -> _Lock | None:
+    """Keeps other processes out of the directory as long as the object lives. None where there are no such locks."""
+    if fcntl is None:
+        return None
+    path = path.resolve()
+    if (lock := _locks.get(path)) is None:
+        lock = _locks[path] = _Lock(path)
+    return lock

@@ -1,0 +1,190 @@
+"""What a compiled step exchanges, against the formulae; what selection exchanges, against the number of scores."""
+
+import json
+import math
+import re
+
+import pytest
+
+from experiments import benchmark, scaling_tables
+from experiments.bench import faults, hlo, scaling, scaling_step
+from experiments.bench.cost_model import CHIPS, Assumed, Network, collective_bytes, cost_model, most_passes, state_bytes
+from supermask_jax.threshold import SAMPLE
+
+DEVICES, BATCH = 8, 16
+SMALL, LARGE, NORMALISED = "mnist-convnet", "mlp", "tiny-resnet"  # 1.2 million scores, 25 million, and few
+COMPILED = [
+    *((net, layout, BATCH) for net in (SMALL, LARGE, NORMALISED) for layout in ("replicated", "gathered")),
+    (LARGE, "sharded", BATCH),
+    (LARGE, "gathered", BATCH, False),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{(network, layout, ...): what `traffic` says}, from one process with eight devices."""
+    found = scaling.in_child(DEVICES, scaling_step.traffic, COMPILED, scaling.QUICK)
+    return dict(zip((case[:2] + case[3:] for case in COMPILED), found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def described():
+    return {name: scaling_step.describe(name) for name in (SMALL, LARGE, NORMALISED)}
+
+
+def selection(one):
+    return {part: sum(kinds.values()) for part, kinds in one["parts"].items() if "selection" in part}
+
+
+def test_selection_of_split_scores_exchanges_as_many_bytes_a_layer_for_25_million_scores_as_for_1_million(compiled):
+    small, large = compiled[SMALL, "gathered"], compiled[LARGE, "gathered"]
+    assert (small["scores"], large["scores"]) == (1_199_648, 25_186_304)
+    samples = 4 * SAMPLE * 4  # four times a sample of int32: gathered, and what gathering it takes
+    for one in (small, large):
+        found = selection(one)
+        for search in ("", ", ties"):
+            assert found[f"selection, a pass{search}"] == 4 * one["layers"]
+            assert 0 < found[f"selection, once{search}"] <= samples * one["layers"]
+        assert one["count"]["selection, a pass"] == 1  # all layers in one collective
+    assert samples * large["layers"] < large["scores"] / 1000
+
+
+def test_for_the_other_ways_of_running_it_selection_exchanges_no_more(compiled):
+    """Where the compiler may move activations, and where the counts are made as CPUs make them."""
+    expected = selection(compiled[LARGE, "gathered"])
+    assert selection(compiled[LARGE, "sharded"]) == selection(compiled[LARGE, "gathered", False]) == expected
+
+
+def test_selection_of_replicated_scores_exchanges_nothing(compiled):
+    for net in (SMALL, LARGE, NORMALISED):
+        assert selection(compiled[net, "replicated"]) == {}
+
+
+@pytest.mark.parametrize("layout", ("replicated", "gathered"))
+@pytest.mark.parametrize("net", (SMALL, LARGE, NORMALISED))
+def test_the_formulae_give_the_bytes_of_the_compiled_step_exactly(compiled, described, net, layout):
+    one, network = compiled[net, layout], described[net]
+    split = scaling_step.split_layers(network.scores, DEVICES)
+    assert split == set(network.scores)  # eight divides something of every layer
+    formulae = collective_bytes(network, layout, split, passes=1)
+    found = {part: dict(kinds) for part, kinds in one["parts"].items() if part[-4:] != "ties" and "once" not in part}
+    assert found.pop("batch statistics", {"all-reduce": 0}) == formulae["batch statistics"]
+    assert found.pop("selection, a pass", None) == formulae.get("selection")
+    assert found == {"rest": formulae["gradients and loss"] | formulae.get("weights", {})}
+    assert one["state"] == state_bytes(network, DEVICES, layout, split)
+
+
+def test_what_the_compiler_chooses_for_split_scores_is_the_gradients_once_and_the_weights_or_activations(compiled):
+    chosen, gathered = compiled[LARGE, "sharded"]["parts"]["rest"], compiled[LARGE, "gathered"]["parts"]["rest"]
+    assert chosen != gathered  # or nothing would be left to choose, and docs/scaling.md says otherwise
+    assert compiled[LARGE, "sharded"]["state"] == compiled[LARGE, "gathered"]["state"]
+
+
+def test_networks_are_described_from_their_shapes(described):
+    convnet = described[SMALL]
+    assert convnet.scores["Dense_0/kernel"] == (9216, 128) and convnet.channels == convnet.norms == 0
+    multiplications = 26**2 * 9 * 32 + 24**2 * 9 * 32 * 64 + 9216 * 128 + 1280
+    assert convnet.flops == 2 * multiplications
+    assert convnet.activations == 26**2 * 32 + 24**2 * 64 + 128 + 10
+    normalised = described[NORMALISED]
+    inner, out = (16, 32), (64, 128)
+    assert normalised.channels == 16 + sum(2 * i + 2 * o for i, o in zip(inner, out, strict=True))
+    assert normalised.norms == 1 + 4 + 4
+
+
+def test_layers_are_split_as_far_as_the_devices_divide_an_axis():
+    shapes = {"a": (3, 3, 64, 256), "b": (7, 7, 3, 64), "c": (2048, 1000)}
+    assert scaling_step.split_layers(shapes, 8) == {"a", "b", "c"}
+    assert scaling_step.split_layers(shapes, 256) == {"a", "c"}
+    assert scaling_step.split_layers(shapes, 4096) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_sent"),
+    [("all-reduce", 150), ("all-gather", 75), ("all-to-all", 75), ("reduce-scatter", 300), ("collective-permute", 100)],
+)
+def test_a_ring_of_four_sends_for_a_result_of_100_bytes(kind, bytes_sent):
+    assert hlo.wire_bytes(kind, 100, 4) == bytes_sent
+    with pytest.raises(ValueError, match="no collective 'gossip'"):
+        hlo.wire_bytes("gossip", 100, 4)
+
+
+def test_the_cost_of_a_step_by_hand():
+    network = Network({"a": (10, 20), "b": (3, 5)}, channels=7, norms=2, flops=1000, activations=50)
+    chip, assumed = CHIPS["TPU v5p"]._replace(flops=1e6, bandwidth=1e6, link=1e6), Assumed(0.5, 0.25, 0.125, 1e-3)
+    cost = cost_model(network, 4, 6, chip, "gathered", {"a"}, passes=9, assumed=assumed)
+    own = 200 // 4 + 15
+    assert cost.state == 4 * (3 * own + 2 * 7)
+    assert cost.temporary == 4 * (2 * 215 + own)
+    assert cost.activations == 4 * 50 * 6
+    assert cost.compute == pytest.approx(3 * 1000 * 6 / 0.5e6)
+    assert cost.selection == pytest.approx(9 * 4 * own / 0.25e6)
+    reduced, gathered = 4 * (215 + 1) + 16 * 7 + 9 * 4, 4 * 200
+    assert cost.sent == pytest.approx((2 * reduced + gathered) * 3 / 4)
+    assert cost.wire == pytest.approx(cost.sent / 0.125e6)
+    assert cost.latency == pytest.approx((2 * 2 + 1 + 1 + 9) * 2 * 2 * 1e-3)
+    assert cost.overlapped < cost.apart == pytest.approx(sum(cost[:5]))
+    whole = cost_model(network, 4, 6, chip, passes=9, assumed=assumed)
+    assert whole.state == 4 * (3 * 215 + 2 * 7) and whole.sent == pytest.approx(2 * (4 * 216 + 16 * 7) * 3 / 4)
+
+
+def test_passes_over_scores_are_within_the_bound():
+    counted = scaling_step.passes(SMALL)
+    largest = max(math.prod(shape) for shape in scaling_step.describe(SMALL).scores.values())
+    assert counted.keys() == {"uniform", "normal", "tied"}
+    assert all(1 <= n <= most_passes(largest) for n in counted.values())
+
+
+def test_devices_of_a_child_step_and_its_figures_become_rows(compiled):
+    speed = scaling.in_child(2, scaling_step.speed, [([2], 4, 1)], scaling.QUICK)[0]
+    seconds = speed["2"]
+    assert seconds.keys() == {*scaling_step.LAYOUTS, "pmap", "selection, replicated", "selection, sharded"}
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+    kinds = {"uniform": 9, "normal": 8, "tied": 7}
+    measured = {
+        "traffic": list(compiled.values()),
+        "passes": dict.fromkeys((SMALL, LARGE, NORMALISED), kinds),
+        "speed": speed,
+    }
+    rows = scaling.rows(measured)
+    assert {line["unit"] for line in rows} == {"steps/s", "%", "MB", "bytes", "kB", "passes"}
+    assert all(0 <= line["median"] < math.inf for line in rows)
+    json.dumps(rows)
+
+
+def test_a_child_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)traffic on 1 fake devices failed.*no-such-net"):
+        scaling.in_child(1, scaling_step.traffic, [("no-such-net", "replicated", 8)])
+
+
+def test_the_scaling_flag_measures_that_and_nothing_else(monkeypatch, tmp_path, capsys):
+    measured = {"traffic": [], "passes": {SMALL: {"normal": 9}}, "speed": {}}
+    monkeypatch.setattr(scaling, "measure", lambda rounds: measured if rounds == 3 else None)
+    monkeypatch.setattr(faults, "table", lambda scratch, seconds: [faults.Fault("flood", 7, seconds, [])])
+    file = tmp_path / "scaling.json"
+    result = benchmark.main(benchmark.Config(rounds=3, scaling=True, soak_seconds=5, output=str(file)))
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    assert result.keys() == {"about", "rows", "faults", *measured}
+    told = capsys.readouterr().out
+    assert "9.00 passes" in told
+    assert re.search(r"flood\W+7\W+5\W", told) and result["faults"] == [{"fault": "flood", "tries": 7, "survived": 5}]
+
+
+def test_the_tables_of_the_document_are_those_of_the_figures_and_formulae():
+    text, measured = scaling_tables.DOCUMENT.read_text(), json.loads(scaling_tables.MEASURED.read_text())
+    assert text.count("<!-- table: ") == len(scaling_tables.TABLE.findall(text)) == 5
+    assert scaling_tables.with_tables(text, measured) == text, "run python -m experiments.scaling_tables"
+
+
+def test_the_figures_of_the_document_are_those_of_the_compiled_step(compiled):
+    """Of what is quick to compile and does not depend on the batch."""
+    kept = {
+        (one["network"], one["layout"]): one
+        for one in json.loads(scaling_tables.MEASURED.read_text())["traffic"]
+        if one["as_on_accelerators"]
+    }
+    for net in (SMALL, LARGE):
+        for layout in ("replicated", "gathered"):
+            one, now = kept[net, layout], compiled[net, layout]
+            assert scaling.totals(one)["others"] == scaling.totals(now)["others"]
+            assert (one["scores"], one["layers"], one["state"]) == (now["scores"], now["layers"], now["state"])

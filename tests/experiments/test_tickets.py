@@ -1,0 +1,338 @@
+"""`experiments.lottery` from end to end on tiny images: rounds, controls, sweeps, resume, and the figures reported."""
+
+import dataclasses
+import json
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supermask_jax as sm
+from experiments import lottery
+from experiments.data import load as data
+from experiments.plots import style
+from experiments.run.errors import UserError
+from experiments.run.files import read_arrays
+from experiments.tickets import display as ticket_display
+from experiments.tickets import questions as ticket_sweeps
+from experiments.tickets import rounds as ticket_rounds
+from experiments.tickets.trainer import Network, Trainer
+from supermask_jax.lottery import full_masks
+from supermask_jax.trees import by_path
+
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+FIGURES = ("early_stop_step", "early_stop_test_accuracy", "test_accuracy")
+
+
+@pytest.fixture
+def coarse_pictures(monkeypatch):
+    monkeypatch.setattr(style, "DOTS_PER_INCH", 30)
+
+
+def images(seed=0, n=240):
+    """Noise around one picture per class: a network learns it in a few steps."""
+    rng = np.random.default_rng(seed)
+    pictures, labels = rng.integers(0, 200, (10, 6, 6, 1)), np.arange(n, dtype=np.int32) % 10
+    x = np.clip(pictures[labels] + rng.integers(-50, 50, (n, 6, 6, 1)), 0, 255).astype(np.uint8)
+    return data.Dataset(f"pictures {seed}", x[40:], labels[40:], x[:40], labels[:40], 0.4, 0.25, source="made up")
+
+
+def config(tmp_path, **changes):
+    settings = {"steps": 30, "rounds": 2, "trials": 1, "batch_size": 20, "eval_every": 10, "validation": 40}
+    return lottery.Config(**settings | {"workdir": str(tmp_path / "run"), "checkpoint_every": 10} | changes)
+
+
+def without_times(summary):
+    records = [{k: v for k, v in record.items() if k != "train_seconds"} for record in summary["networks"]]
+    return json.loads(json.dumps([records, summary["per_input"]]))
+
+
+def test_all_rounds_of_all_trials_with_their_controls(tmp_path):
+    settings = config(tmp_path, trials=2, stability=True)
+    summary = ticket_rounds.run(settings, images())
+    kinds = [(r["trial"], r["round"], r["network"]) for r in summary["networks"]]
+    of_a_trial = [(0, "ticket"), *((n, kind) for n in (1, 2) for kind in ("ticket", "reinit", "random"))]
+    assert kinds == [(trial, *rest) for trial in (0, 1) for rest in of_a_trial]
+    sizes = {"Dense_0/kernel": 36 * 300, "Dense_1/kernel": 300 * 100, "Dense_2/kernel": 100 * 10}
+    for record in summary["networks"]:
+        for path, size in sizes.items():
+            left = size
+            for _ in range(record["round"]):
+                left = sm.keep_count(0.9 if path == "Dense_2/kernel" else 0.8, left)
+            assert record["layers"][path] == {"kept": left, "size": size}
+        assert record["curve"]["step"] == [0, 10, 20, 30]
+        at = int(np.argmin(record["curve"]["validation_loss"]))
+        assert record["early_stop_step"] == record["curve"]["step"][at]
+        assert record["early_stop_test_accuracy"] == record["curve"]["test_accuracy"][at]
+        assert record["test_accuracy"] == record["curve"]["test_accuracy"][-1]
+        assert (record["network"] == "ticket") == ("instability" in record)
+    by_kind = {(r["trial"], r["round"], r["network"]): r for r in summary["networks"]}
+    assert by_kind[0, 0, "ticket"]["curve"] != by_kind[1, 0, "ticket"]["curve"]
+    assert by_kind[0, 1, "ticket"]["curve"] != by_kind[0, 1, "random"]["curve"] != by_kind[0, 1, "reinit"]["curve"]
+    assert by_kind[0, 0, "ticket"]["test_accuracy"] > 0.5  # it learned
+    assert len(summary["per_input"]) == 3 and len(summary["per_input"][0]) == 36
+    assert summary["per_input"][0] == [1.0] * 36 and np.mean(summary["per_input"][1]) == pytest.approx(0.8, abs=1e-3)
+    assert {file.name for file in (tmp_path / "run").glob("*.png")} == {"tickets.png", "curves.png", "inputs.png"}
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_interrupted_anywhere_it_ends_the_same_and_trains_nothing_twice(tmp_path, monkeypatch):
+    whole = ticket_rounds.run(config(tmp_path / "whole", rounds=1), images())
+    broken = config(tmp_path, rounds=1)
+    lines, stops = [], [3, 6, 11]  # evaluations: within the first network, in later ones
+    step = ticket_display.Display.step
+
+    def killed(self, name, at, figures):
+        lines.append((name, at, figures is None))
+        if stops and sum(1 for *_, resumed in lines if not resumed) == stops[0]:
+            stops.pop(0)
+            lines.append(("killed", 0, False))
+            raise Killed
+        step(self, name, at, figures)
+
+    monkeypatch.setattr(ticket_display.Display, "step", killed)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            ticket_rounds.run(broken, images())
+        lines[:] = [line for line in lines if line[0] != "killed"]
+    resumed = ticket_rounds.run(broken, images())
+    assert without_times(resumed) == without_times(whole)
+    assert any(was_resumed and at > 0 for _, at, was_resumed in lines)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+    monkeypatch.setattr(Trainer, "train", None)  # a finished run is only read
+    assert without_times(ticket_rounds.run(broken, images())) == without_times(whole)
+
+
+def test_one_compilation_serves_all_networks(tmp_path):
+    settings = config(tmp_path, pruned="freeze", trials=2)
+    workdir = ticket_rounds.open_workdir(settings, images())
+    with ticket_rounds.Experiment(settings, images(), None, workdir) as experiment:
+        for trial in range(2):
+            assert len(list(experiment.rounds(trial))) == 3
+        assert len(experiment._finder._advance._compiled) == 1  # steps of one length only: fewer than 50 a call
+
+
+def a_trainer(tmp_path, **changes):
+    settings = config(tmp_path, **changes)
+    return Trainer(settings, images(), ticket_rounds.open_workdir(settings, images()), lambda *_: None)
+
+
+def some_masks(weights):
+    return sm.random_masks(jax.random.key(5), weights, 0.3)
+
+
+def small(seed):
+    """A tree that is named like LeNet-300-100, and quick to draw."""
+    rng = np.random.default_rng(seed)
+    shapes = {"Dense_0": (40, 50), "Dense_1": (50, 40), "Dense_2": (40, 10)}
+    return {name: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for name, s in shapes.items()}
+
+
+def test_weights_are_drawn_at_the_step_that_is_asked_for(tmp_path):
+    early = a_trainer(tmp_path / "a", prune_at=0.5)
+    weights, key = early.draw(jax.random.key(1)), jax.random.key(2)
+    masks = full_masks(weights)
+    drawn = early.train(Network("early", weights, masks, key)).drawn
+    late = a_trainer(tmp_path / "b")
+    stopped = late.train(Network("stopped", weights, masks, key, last_step=15)).drawn
+    at_end = late.train(Network("whole", weights, masks, key)).drawn
+    jax.tree.map(np.testing.assert_array_equal, drawn, stopped)
+    assert not np.array_equal(drawn["Dense_0"]["kernel"], at_end["Dense_0"]["kernel"])
+
+
+def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path):
+    """Rewinding starts at a later step of the same order of batches; with plain SGD nothing else is lost."""
+    plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1}
+    trainer = a_trainer(tmp_path, **plain)
+    weights, key = trainer.draw(jax.random.key(1)), jax.random.key(2)
+    masks = full_masks(weights)
+    whole = trainer.train(Network("whole", weights, masks, key)).drawn
+    half = trainer.train(Network("half", weights, masks, key, last_step=12)).drawn
+    rest = trainer.train(Network("rest", half, masks, key, first_step=12))
+    assert rest.record["curve"]["step"] == [12, 20, 30]
+    jax.tree.map(np.testing.assert_array_equal, rest.drawn, whole)
+
+
+def test_frozen_pruned_weights_stay_and_are_part_of_the_network(tmp_path):
+    trainer = a_trainer(tmp_path, pruned="freeze", weight_decay=0.1)
+    weights = trainer.draw(jax.random.key(1))
+    masks = some_masks(weights)
+    drawn = trainer.train(Network("frozen", weights, masks, jax.random.key(2))).drawn
+    for path, mask in by_path(masks).items():
+        before, after = (np.asarray(by_path(tree)[path]) for tree in (weights, drawn))
+        assert np.array_equal(before[mask == 0], after[mask == 0])
+        assert not np.any(before[mask == 1] == after[mask == 1])
+    zeros = a_trainer(tmp_path / "zero").evaluate(weights, masks)
+    assert trainer.evaluate(weights, masks) == trainer.evaluate(weights, full_masks(weights)) != zeros
+
+
+@pytest.mark.parametrize("kept", ["rewind", "reinit", "reshuffle", "signed-constant"])
+def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
+    start, other = small(1), small(3)
+    masks = some_masks(start)
+    begins = ticket_rounds._starts(config(tmp_path, kept=kept), jax.random.key(0), start, other)
+    for path, mask in by_path(masks).items():
+        mask = np.asarray(mask) == 1
+        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins("ticket", 1, masks))[path])
+        if kept == "rewind":
+            assert np.array_equal(new, old)
+        elif kept == "reinit":
+            assert np.array_equal(new, by_path(other)[path])
+        else:
+            assert np.array_equal(new[~mask], old[~mask]) and not np.array_equal(new[mask], old[mask])
+        if kept == "reshuffle":
+            assert np.array_equal(np.sort(new[mask]), np.sort(old[mask]))
+        if kept == "signed-constant":
+            assert np.array_equal(np.sign(new), np.sign(old)) and np.ptp(np.abs(new[mask])) == 0
+        assert np.array_equal(by_path(begins("random", 1, masks))[path], old)
+        assert np.array_equal(by_path(begins("reinit", 1, masks))[path], by_path(other)[path])
+        assert np.array_equal(by_path(begins("ticket", 0, masks))[path], old)  # masks are drawn from the same network
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rounds": 3, "fraction": 0.2}, {"Dense_0/kernel": 0.512, "Dense_2/kernel": 0.729}),
+        ({"rounds": 4, "density": 0.1}, {"Dense_0/kernel": 0.1, "Dense_2/kernel": 0.55}),
+        ({"rounds": 1, "density": 0.1}, {"Dense_0/kernel": 0.1, "Dense_2/kernel": 0.55}),
+        ({"rounds": 2, "fraction": 0.5, "scope": "global"}, {}),
+        ({"rounds": 1, "fraction": 0.5, "unit": "neuron"}, {"Dense_0/kernel": 0.5, "Dense_2/kernel": 1.0}),
+        ({"rounds": 1, "fraction": 0.3, "criterion": "random"}, {"Dense_0/kernel": 0.7}),
+    ],
+)
+def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
+    settings = config(tmp_path, **changes)
+    start, final = small(1), small(3)
+    masks = full_masks(start)
+    prune = ticket_rounds.make_prune(settings, jax.random.key(0))
+    for _ in range(settings.rounds):
+        masks = prune(ticket_rounds.Pruned(start, ticket_rounds.Trained({}, final)), masks)
+    for path, density in expected.items():
+        assert sm.layer_densities(masks)[path] == pytest.approx(density, abs=6e-3)
+    if settings.scope == "global":
+        assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_a_ticket_is_measured_on_the_images_that_it_is_transferred_to(tmp_path):
+    settings = config(tmp_path, rounds=1, controls=())
+    summary = ticket_rounds.run(settings, images(), images(seed=1))
+    alone = ticket_rounds.run(config(tmp_path / "alone", rounds=1, controls=()), images())
+    assert summary["dataset"] == "pictures 1"
+    assert [r["network"] for r in summary["networks"]] == ["ticket", "ticket"]
+    sources = [read_arrays(tmp_path / f"run/networks/trial0-round{n}-source.npz") for n in (0, 1)]
+    tickets = [read_arrays(tmp_path / f"alone/run/networks/trial0-round{n}-ticket.npz") for n in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, sources, tickets)  # found where it would be found without transfer
+    assert summary["networks"][1]["curve"] != alone["networks"][1]["curve"]
+
+
+def test_the_control_of_pruned_neurons_has_as_many_neurons():
+    masks = full_masks(small(1))
+    masks["Dense_0"]["kernel"] = masks["Dense_0"]["kernel"].at[:, :20].set(0)
+    settings = lottery.Config(unit="neuron")
+    control = ticket_rounds.random_control(settings, jax.random.key(0), 1, masks)
+    kept = np.asarray(control["Dense_0"]["kernel"])
+    assert sorted(np.unique(kept.sum(axis=0), return_counts=True)[1].tolist()) == [20, 30]
+    assert not np.array_equal(kept, masks["Dense_0"]["kernel"]) and np.all(control["Dense_2"]["kernel"] == 1)
+
+
+def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
+    ticket_rounds.run(config(tmp_path, rounds=1), images())
+    files = {file.stem for file in (tmp_path / "run/networks").glob("*.npz")}
+    assert files == {"trial0-round0-ticket", "trial0-round1-ticket"}  # no weights of controls
+    arrays = read_arrays(tmp_path / "run/networks/trial0-round1-ticket.npz")
+    masks = {path: mask for path, mask in arrays.items() if path.startswith("masks/")}
+    assert {path: (mask.dtype, mask.sum()) for path, mask in masks.items()} == {
+        f"masks/Dense_{i}/kernel": (bool, sm.keep_count(rate, size))
+        for i, (rate, size) in enumerate([(0.8, 36 * 300), (0.8, 300 * 100), (0.9, 1000)])
+    }
+
+
+@pytest.mark.parametrize("sweep", ["early", "rewind", "rounds", "criterion"])
+def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep):
+    setting, values, label = ticket_sweeps.SWEEPS[sweep]
+    values = {"early": (0.4, 1.0), "rewind": (0, 10)}.get(sweep, (values[0], values[-1]))
+    monkeypatch.setitem(ticket_sweeps.SWEEPS, sweep, (setting, (2, 1) if sweep == "rounds" else values, label))
+    summary = ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())
+    rows = summary["rows"]
+    assert [(row["value"], row["network"]) for row in rows] == [
+        (value, kind) for value in ticket_sweeps.SWEEPS[sweep][1] for kind in ("ticket", "random")
+    ]
+    assert all(row["density"] == pytest.approx(0.1, abs=0.02) for row in rows)  # the output layer loses less
+    assert all(set(FIGURES) <= set(row) for row in rows)
+    assert ("instability" in rows[0]) == (sweep == "rewind")
+    assert (tmp_path / "run/sweep.png").stat().st_size > 2_000
+    assert ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
+
+
+def test_untrained_masks_are_measured_for_every_criterion(tmp_path):
+    summary = ticket_sweeps.run(config(tmp_path, sweep="untrained", steps=60), images())
+    rows = {(r["criterion"], r["density"], r["start"]): r["test_accuracy"] for r in summary["rows"]}
+    criteria = typing.get_args(lottery.CRITERIA)
+    assert len(rows) == len(criteria) * len(ticket_sweeps.UNTRAINED_DENSITIES) * 2
+    best = {name: max(v for (criterion, *_), v in rows.items() if criterion == name) for name in criteria}
+    assert best["large_final_same_sign"] > best["random"]
+    assert (tmp_path / "run/sweep.png").exists()
+
+
+def test_the_command_line_names_the_librarys_criteria():
+    assert set(typing.get_args(lottery.CRITERIA)) == {*sm.saliency.CRITERIA, *sm.saliency.RANKED, "random"}
+    choices = typing.get_args(lottery.Config.__dataclass_fields__["sweep"].type)
+    assert set(choices) == {"none", "untrained", *ticket_sweeps.SWEEPS}
+
+
+def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_went():
+    start = {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(1)}
+    a, b = ({"kernel": jnp.array([x]), "bias": jnp.ones(1)} for x in ([3.0, 9.0], [0.0, 9.0]))
+    masks = {"kernel": jnp.array([[1.0, 0.0]]), "bias": None}
+    assert ticket_rounds.instability(start, masks, a, a) == 0
+    assert ticket_rounds.instability(start, masks, a, b) == 2  # 3 apart; one went 3, the other nowhere
+    opposite = jax.tree.map(jnp.negative, a)
+    assert ticket_rounds.instability(start, masks, a, opposite) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rounds": 0},
+        {"fraction": 1.0},
+        {"density": 0.0},
+        {"rewind_step": 6000},
+        {"prune_at": 0.0},
+        {"trials": 0},
+        {"seed": -1},
+        {"unit": "neuron", "scope": "global"},
+        {"unit": "neuron", "pruned": "freeze"},
+        {"unit": "neuron", "rewind_step": 10},
+        {"prune_at": 0.1, "rewind_step": 600},
+        {"schedule": "cosine", "rewind_step": 10},
+        {"kept": "reinit"},
+        {"sweep": "untrained", "pruned": "freeze"},
+        {"stability": True, "prune_at": 0.5},
+        {"transfer_to": "mnist", "sweep": "early"},
+    ],
+)
+def test_settings_out_of_range_are_user_errors(wrong):
+    with pytest.raises(UserError, match="|".join(f"--{name.replace('_', '-')}" for name in wrong)):
+        lottery.Config(**wrong).check()
+
+
+def test_the_papers_preset_has_its_densities():
+    """100, 51.3, 21.1 and 3.6 % after 0, 3, 7 and 15 rounds: as the paper counts, without biases."""
+    settings = lottery.Config(**lottery.defaults("paper"))
+    sizes = {"hidden": 784 * 300 + 300 * 100, "output": 100 * 10}
+    series = []
+    for _ in range(settings.rounds + 1):
+        series.append(100 * sum(sizes.values()) / 266_200)
+        sizes = {
+            name: sm.keep_count(1 - (settings.fraction / 2 if name == "output" else settings.fraction), size)
+            for name, size in sizes.items()
+        }
+    assert [round(series[n], 1) for n in (0, 3, 7, 15)] == [100, 51.3, 21.1, 3.6]
+    assert dataclasses.asdict(settings)["batch_size"] == 60

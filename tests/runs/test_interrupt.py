@@ -1,0 +1,85 @@
+"""Asked to stop, a run saves and says how to go on; two processes do not work in one directory. Real processes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.run.errors import InUse
+from experiments.run.interrupt import stopping
+from experiments.mnist import Config
+from experiments.run.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags(workdir, *more):
+    small = ["--model", "mlp", "--width", "16", "--dataset", "mnist-5k", "--checkpoint-every", "1000000"]
+    return [sys.executable, "-m", "experiments.mnist", *small, "--workdir", str(workdir), *more]
+
+
+def finished(command, **more):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_what_it_prints_goes_on(tmp_path, number):
+    process = subprocess.Popen(
+        flags(tmp_path / "run", "--epochs", "400"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("epoch   2/") for line in lines), process.stderr.read()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    assert "stopped as asked; saved at step" in said and "Traceback" not in said
+    step = int(said.split("saved at step ")[1].split(" ")[0])
+    assert step >= 2 * 63
+    program, *rest = shlex.split(said.strip().splitlines()[-1])
+    assert program == "python" and rest[:2] == ["-m", "experiments.mnist"]
+    again = subprocess.Popen(
+        [sys.executable, *rest], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any(f"resumed from step {step} of {400 * 63}" in line for line in iter(again.stdout.readline, ""))
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=120)
+    assert again.returncode == 3
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(len(records)))
+
+
+def test_a_second_signal_ends_it_at_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stopping() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not asked():
+            assert time.monotonic() < deadline
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
+    holder = "from experiments.mnist import Config; from experiments.run.workdir import Workdir; import sys, time\n"
+    holder += "w = Workdir(sys.argv[1], Config(), 'digest'); print('holds', flush=True); time.sleep(300)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holds\n"
+    with pytest.raises(InUse, match="another process is working in"):
+        Workdir(tmp_path / "run", Config(), "digest")
+    done = finished(flags(tmp_path / "run", "--epochs", "1"))
+    assert done.returncode == 1 and "another process is working in" in " ".join(done.stderr.split())
+    process.kill()  # and nothing is left that would have to be cleared away
+    process.communicate()
+    first = Workdir(tmp_path / "run", Config(), "digest")
+    second = Workdir(tmp_path / "run", Config(), "digest")  # one process may open it twice
+    assert first.config() == second.config()
