@@ -1,8 +1,24 @@
 """Find the networks that are hidden inside networks: masks and scores as pytrees beside frozen weights."""
 
-from supermask_jax import construction, densities, dynamic, initializers, lottery, metrics, models, parallel, saliency
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from supermask_jax import (
+    construction,
+    densities,
+    dynamic,
+    initializers,
+    lottery,
+    methods,
+    metrics,
+    parallel,
+    saliency,
+)
+from supermask_jax.backend import jit
 from supermask_jax.densities import keep_count
 from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
+from supermask_jax.methods import Method
 from supermask_jax.selection import (
     global_masks,
     keep_highest,
@@ -13,6 +29,7 @@ from supermask_jax.selection import (
 )
 from supermask_jax.supermask import (
     MaskFn,
+    ProductFn,
     Subnet,
     bernoulli,
     edge_popup,
@@ -25,8 +42,13 @@ from supermask_jax.supermask import (
 from supermask_jax.train import TrainState, init_state, make_train_step
 from supermask_jax.trees import density, is_kernel, layer_densities
 
+if TYPE_CHECKING:
+    from supermask_jax import models
+
 __all__ = [
     "MaskFn",
+    "Method",
+    "ProductFn",
     "Subnet",
     "TrainState",
     "bernoulli",
@@ -45,12 +67,14 @@ __all__ = [
     "init_state",
     "initializers",
     "is_kernel",
+    "jit",
     "keep_count",
     "keep_highest",
     "layer_densities",
     "layerwise_masks",
     "lottery",
     "make_train_step",
+    "methods",
     "metrics",
     "models",
     "n_m_masks",
@@ -62,3 +86,13 @@ __all__ = [
     "top_k_mask",
     "zero_scores",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "models":  # imported at its first use, because only the models need flax
+        return importlib.import_module("supermask_jax.models")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,12 +1,15 @@
-"""A trained network rebuilt inside a random one by masks alone: the proof that pruning is all you need, carried out.
+"""A trained network rebuilt inside a random one by masks only: the construction of the strong lottery ticket proofs.
 
 A target layer [in, out] becomes two random layers, [in, in * width] and [in * width, out]: `width` candidates for each
 input. The first mask keeps one weight of each intermediate neuron: neuron i * width + t reads input i, times u. The
-second keeps, for each target weight, some of its input's candidates. As relu(u * x) = max(u, 0) * x for x >= 0, the
-candidates of the weight from i to j are the products max(u, 0) * v; those with u < 0, about half, are nothing. All
-outputs share the u of an input, each has its own v. A weight whose candidates are all nothing or of the other sign, as
-(3/4)**width of them are, stays 0: the largest error is that of such weights, at any width that has some.
-**The inputs must not be negative** (pixels in [0, 1] are not), which cannot be checked here, and there are no biases.
+second mask keeps, for each target weight, some of its input's candidates.
+
+Because relu(u * x) = max(u, 0) * x for x >= 0, the candidates of the weight from i to j are the products
+max(u, 0) * v. About half have u < 0 and are 0. All outputs share the u of an input; each has its own v. A weight stays
+0 if each of its candidates is 0 or has the wrong sign, which (3/4)**width of the weights do. Such weights have the
+largest errors.
+
+**The inputs must not be negative** (pixels in [0, 1] are not); this is not checked here. There are no biases.
 
 Source: Malach et al. 2020 (the network twice as deep; polynomial width); Pensia et al. 2020 and Orseau et al. 2020
 (sums of candidates; logarithmic width). They also serve negative inputs, with candidates of both signs of u.
@@ -14,6 +17,7 @@ Source: Malach et al. 2020 (the network twice as deep; polynomial width); Pensia
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +32,12 @@ WIDEST = 32
 
 
 def random_network(key: jax.Array, target: Sequence[jax.Array], width: int) -> Tree:
-    """Random weights to rebuild `target` in: {"Dense_0": {"kernel": [in, in * width]}, "Dense_1": ..., ...}.
+    """Returns random weights to rebuild `target` in: {"Dense_0": {"kernel": [in, in * width]}, "Dense_1": ..., ...}.
 
-    They fit `LeNet300100(classes, use_bias=False, hidden)`: `hidden` holds the last axes of all kernels but the last.
-    Weights are from U(-1, 1), those of each second layer times one constant: the largest magnitude of the target layer,
-    so that the products reach as far as its weights. (The theory divides the target by it; ReLU passes a positive
-    factor on.) But for that constant, a leaf's draw depends on `key` and its path alone.
+    They fit `LeNet300100(classes, use_bias=False, hidden)`, where `hidden` lists the last axes of all kernels but the
+    last. Weights are from U(-1, 1). Those of each second layer are multiplied by the largest magnitude of the target
+    layer, so that the products reach as far as its weights. (The theory divides the target by it instead; ReLU commutes
+    with a positive factor.) Apart from that constant, a leaf's draw depends only on `key` and its path.
 
     Args:
       key: a `jax.random.key`, not the one that the target was drawn with.
@@ -59,17 +63,19 @@ def random_network(key: jax.Array, target: Sequence[jax.Array], width: int) -> T
 
 
 def subset_masks(weights: Tree, target: Sequence[jax.Array], form: str) -> Tree:
-    """Masks like `weights`, with which they compute nearly what the target does on inputs >= 0.
+    """Returns masks for `weights` with which they compute nearly the same as the target on inputs >= 0. Not for jit.
 
-    "product" keeps, for each target weight, the one candidate nearest to it, or none where 0 is as near: the error of a
-    weight falls about as 1 / width. "subset-sum" keeps those candidates whose sum is nearest, the best subset there is:
-    the error falls exponentially. Both keep one weight of every neuron in between, also where u < 0 makes it useless.
-    Not for jit.
+    "product" keeps, for each target weight, the one candidate nearest to it, or none where 0 is as near; a weight's
+    error falls about as 1 / width. "subset-sum" keeps the candidates whose sum is nearest, the best subset; the error
+    falls exponentially. Both keep one weight of every intermediate neuron, even where u < 0 makes it useless.
 
     Args:
-      weights: what `random_network` made for this target, or weights of those shapes from any other distribution.
+      weights: made by `random_network` for this target, or weights of those shapes from any other distribution.
       target: the kernels [in, out] of an MLP without biases, in the order of the data.
       form: one of `FORMS`.
+
+    Returns:
+      A tree like `weights`, exactly 0 or 1.
 
     Raises:
       ValueError: the form is unknown, the target is not a chain of finite kernels, the weights do not fit it or are not
@@ -91,7 +97,11 @@ def subset_masks(weights: Tree, target: Sequence[jax.Array], form: str) -> Tree:
 
 
 def effective_kernels(weights: Tree, masks: Tree) -> list[jax.Array]:
-    """The kernels [in, out], float32, of the MLP half as deep that weights * masks is on inputs >= 0.
+    """Returns the kernels [in, out], float32, of the MLP half as deep that equals weights * masks on inputs >= 0.
+
+    Args:
+      weights: pairs of layers, {"Dense_0": {"kernel": [in, in * width]}, "Dense_1": ..., ...}.
+      masks: made by `subset_masks` for these weights.
 
     Raises:
       ValueError: the weights are not pairs of layers, a mask is not 0/1, or a first mask is not that of `subset_masks`:
@@ -110,10 +120,22 @@ def effective_kernels(weights: Tree, masks: Tree) -> list[jax.Array]:
 
 
 def nearest_subsets(values: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """bool [n, k]: in each row of `values` the subset, empty or not, whose sum is nearest to the row's entry of `sums`.
+    """Returns, for each row of `values`, the subset (possibly empty) whose sum is nearest to the row's entry of `sums`.
 
-    Exact but for the rounding of float64. Time grows as 2**(k / 2), and memory is bounded. ValueError for k > `WIDEST`.
-    Source: Horowitz and Sahni 1974 (halves meet in the middle). Here both are put in one order, and neighbours meet.
+    It is exact up to the rounding of float64. Time grows as 2**(k / 2), and memory is bounded.
+
+    Args:
+      values: [n, k] numbers, k at most `WIDEST`.
+      sums: [n] numbers.
+
+    Returns:
+      bool [n, k], True for the members of the subset.
+
+    Raises:
+      ValueError: k is above `WIDEST`.
+
+    Source: Horowitz and Sahni 1974 (meet in the middle). Here the sums of both halves are sorted together, and
+    neighbours are compared.
     """
     values, sums = np.asarray(values, np.float64), np.asarray(sums, np.float64)
     number, size = values.shape
@@ -154,15 +176,15 @@ def _subset_sums(values: np.ndarray) -> np.ndarray:
 def _nearest_product(products: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     none = np.zeros_like(products[:, :1])
     best = np.abs(np.concatenate([none, products], axis=1) - kernel[:, None]).argmin(axis=1)  # ties: none, the first
-    return best[:, None] == 1 + np.arange(products.shape[1])[:, None]
+    return np.equal(best[:, None], 1 + np.arange(products.shape[1])[:, None])
 
 
 def _nearest_sum(products: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     if products.shape[1] > WIDEST:
         raise ValueError(f"the width must be at most {WIDEST} for 'subset-sum', got {products.shape[1]}")
     kept = np.zeros(products.shape, bool)
-    useful = products.any(axis=2)  # half of the candidates are 0; a search without them is far quicker
-    counts = useful.sum(axis=1)
+    useful: np.ndarray = np.any(products, axis=2)  # half of the candidates are 0; a search without them is far quicker
+    counts: np.ndarray = np.sum(useful, axis=1)
     for count in np.unique(counts[counts > 0]):
         inputs = np.flatnonzero(counts == count)
         which = np.nonzero(useful[inputs])[1].reshape(len(inputs), count)
@@ -213,5 +235,5 @@ def _kernels(target: Sequence[jax.Array]) -> list[np.ndarray]:
     return kernels
 
 
-def _shapes(kernels) -> str:
+def _shapes(kernels: Sequence[Any]) -> str:
     return ", ".join(str(list(np.shape(kernel))) for kernel in kernels) or "none"

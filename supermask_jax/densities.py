@@ -1,24 +1,24 @@
-"""How many weights a density keeps, and how layers share one. Host arithmetic, exact; no JAX.
+"""How many weights a density keeps, and how a density is divided among layers. Exact arithmetic on the host; no JAX.
 
-The layer densities are for random pruning: `random_masks` takes them. `shapes` is {path: shape} of the prunable leaves,
-as `trees.prunable` makes it, in Flax layouts: (height, width, in, out) and (in, out).
+`random_masks` takes the layer densities. `shapes` is {path: shape} of the prunable leaves, which `trees.prunable`
+makes, in Flax layouts: (height, width, in, out) and (in, out).
 """
 
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNIFORM_PLUS_LAST = Fraction(1, 5)  # the density below which uniform_plus does not let the last layer fall
 
 
-def keep_count(density, n: int) -> int:
-    """Number of weights kept of `n` at `density`: ceil(density * n), exactly.
+def keep_count(density: float | Fraction, n: int) -> int:
+    """Returns the number of weights kept of `n` at `density`: ceil(density * n), exactly.
 
-    The density is taken as the decimal that is written: 0.1 is one tenth, not the binary float next to it,
-    so 0.1 of 30 is 3. This is the only place where a density becomes a count. Published codes differ from it:
-    hidden-networks keeps n - int((1 - k) * n), which equals ceil(k * n) up to floating-point slips.
+    The density is read as the decimal that is written: 0.1 is one tenth, not the binary float next to it, so that 0.1
+    of 30 is 3. This is the only place where a density becomes a count.
 
     Args:
       density: fraction kept, in [0, 1]; a number or a fractions.Fraction.
@@ -26,48 +26,66 @@ def keep_count(density, n: int) -> int:
 
     Raises:
       ValueError: density is not a number in [0, 1], or n is not a whole number >= 0.
+
+    Published codes count differently: hidden-networks keeps n - int((1 - k) * n), which equals ceil(k * n) up to
+    floating-point errors.
     """
     if int(n) != n or n < 0:
         raise ValueError(f"the number of weights must be a whole number >= 0, got {n}")
     return math.ceil(exact(density) * int(n))
 
 
-def exact(density) -> Fraction:
-    """The density as an exact fraction of its decimal form; ValueError outside [0, 1]."""
+def exact(density: Any) -> Fraction:
+    """Returns the density as the exact fraction of its decimal form.
+
+    Args:
+      density: a number in [0, 1] (Python, NumPy or JAX) or a fractions.Fraction.
+
+    Raises:
+      ValueError: it is not a number in [0, 1].
+    """
     try:
         value = Fraction(str(density))  # str gives the shortest decimal, also of NumPy and JAX scalars
     except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None or not 0 <= value <= 1:
+        value = Fraction(-1)
+    if not 0 <= value <= 1:
         raise ValueError(f"density must be a number in [0, 1] (the fraction kept), got {density!r}")
     return value
 
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
-    """{path: density}: the same fraction kept in every layer. ValueError for a density outside [0, 1]."""
+    """Returns {path: fraction kept} with the same fraction in every layer.
+
+    Args:
+      shapes: {path: shape} of the layers.
+      density: fraction kept, in [0, 1].
+
+    Raises:
+      ValueError: a density outside [0, 1], no layer, or a layer without weights.
+    """
     return dict.fromkeys(_sizes(shapes), float(exact(density)))
 
 
 def uniform_plus(shapes: Shapes, density: float, first: str, last: str) -> dict[str, float]:
-    """{path: fraction kept}: the first layer dense, the last at a fifth or more, the others alike.
+    """Returns {path: fraction kept}: the first layer dense, the last at 1/5 or more, one fraction in the others.
 
-    As in the released code: of N weights, at a density below 1/5 the last layer keeps a fifth and the others
-    (density * N - size of first - size of last / 5) / N; from 1/5 on all but the first keep `density`. So `overall` is
-    near the density asked for and not equal to it: a little below it in the first case; above it in the second, by
-    more the larger the first layer is.
+    Of N weights, at a density below 1/5, the last layer keeps 1/5 and the others keep
+    (density * N - size of first - size of last / 5) / N. From 1/5 on, every layer but the first keeps `density`.
+    The density of all layers together, `overall`, is therefore near `density` but not equal to it: a little below it in
+    the first case; above it in the second, by more the larger the first layer is.
 
     Args:
       shapes: {path: shape} of the layers.
-      density: fraction kept, in [0, 1], about.
+      density: fraction kept, in [0, 1], of all layers together, about.
       first: the path of the layer that reads the input.
       last: the path of the layer that makes the logits.
 
     Raises:
-      ValueError: the first and last layer alone keep more than the density (the message says what is feasible), a path
-        that is not there, or a density out of range.
+      ValueError: the first and the last layer together keep more than the density (the message names the lowest
+        feasible one), they are the same layer, a path does not exist, or a density is out of range.
 
-    Source: Liu et al. 2022, section 3 (uniform+), and its released code, which prunes the others whole, silently, where
-    this raises; first used by Gale et al. 2019.
+    Source: Liu et al. 2022, section 3 (uniform+), and its released code, which has the same formulas. At infeasible
+    densities that code prunes the other layers whole and silently; this raises. First used by Gale et al. 2019.
     """
     sizes, kept = _sizes(shapes), exact(density)
     total = sum(sizes.values())
@@ -85,29 +103,42 @@ def uniform_plus(shapes: Shapes, density: float, first: str, last: str) -> dict[
                 f"{first!r} dense and a fifth of {last!r} keep more than {density} of all weights: "
                 f"the density must be at least {lowest}"
             )
-    return {path: float({first: 1, last: at_last}.get(path, others)) for path in sizes}
+    ends_kept = {first: Fraction(1), last: at_last}
+    return {path: float(ends_kept.get(path, others)) for path in sizes}
 
 
 def er(shapes: Shapes, density: float) -> dict[str, float]:
-    """{path: fraction kept}, Erdos-Renyi: in proportion to (in + out) / (in * out). `overall` is `density`.
+    """Returns {path: fraction kept} by Erdos-Renyi: in proportion to (in + out) / (in * out); `overall` is `density`.
 
-    in and out are the last two axes; the others (a convolution's height and width) do not count. A layer whose share
-    would pass 1 is made dense, and what is left is shared by the rest.
+    in and out are the last two axes; the others (a convolution's height and width) do not count. A layer whose fraction
+    would exceed 1 is made dense, and the other layers share what is left.
+
+    Args:
+      shapes: {path: shape} of the layers.
+      density: fraction kept of all layers together, in [0, 1].
 
     Raises:
       ValueError: a density outside [0, 1], no layer, or a layer without weights.
 
-    Source: Mocanu et al. 2018 (SET); for convolutions, and for layers that would pass 1, the released code of Liu et
+    Source: Mocanu et al. 2018 (SET); for convolutions, and for layers that would exceed 1, the released code of Liu et
     al. 2022.
     """
     links = {path: int(sum(shape[-2:]) * math.prod(shape[:-2])) for path, shape in shapes.items()}
     return _shared(links, _sizes(shapes), exact(density))
 
 
-def erk(shapes: Shapes, density: float) -> dict[str, float]:
-    """{path: fraction kept}, Erdos-Renyi-Kernel: in proportion to the sum of all axes / their product.
+def erk(shapes: Shapes, density: float | Fraction) -> dict[str, float]:
+    """Returns {path: fraction kept} by Erdos-Renyi-Kernel: in proportion to the sum of a layer's axes / their product.
 
-    For a convolution (height + width + in + out) / (height * width * in * out). Everything else as in `er`.
+    For a convolution that is (height + width + in + out) / (height * width * in * out). `overall` is `density`. A layer
+    whose fraction would exceed 1 is made dense, and the other layers share what is left.
+
+    Args:
+      shapes: {path: shape} of the layers.
+      density: fraction kept of all layers together, in [0, 1].
+
+    Raises:
+      ValueError: a density outside [0, 1], no layer, or a layer without weights.
 
     Source: Evci et al. 2020 (RigL), section 3, part 1, and its released code.
     """
@@ -115,20 +146,23 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def erk_plus(shapes: Shapes, density: float, last: str, last_density: float = 1.0) -> dict[str, float]:
-    """{path: fraction kept}: `last_density` in the last layer, `erk` in the others. `overall` is `density`.
+    """Returns {path: fraction kept}: `last_density` in the last layer, Erdos-Renyi-Kernel densities in the others.
+
+    In the others the fraction is in proportion to the sum of a layer's axes / their product, at most 1. `overall` is
+    `density`.
 
     Args:
       shapes: {path: shape} of the layers.
       density: fraction kept of all layers together, in [0, 1].
       last: the path of the layer that makes the logits.
-      last_density: fraction kept in it, in [0, 1].
+      last_density: fraction kept in the last layer, in [0, 1].
 
     Raises:
-      ValueError: the last layer alone keeps more than the density, or even dense others would not reach it (the message
-        says what is feasible); a path that is not there; a density out of range.
+      ValueError: the density is infeasible, because the last layer by itself keeps more, or because dense others would
+        not reach it (the message says what is feasible); a path does not exist; a density is out of range.
 
-    Source: Liu et al. 2022, section 3 (ERK+), and its released code, which prunes the other layers whole, silently,
-    where this raises.
+    Source: Liu et al. 2022, section 3 (ERK+), and its released code. At infeasible densities that code prunes the other
+    layers whole and silently; this raises.
     """
     sizes, kept, at_last = _sizes(shapes), exact(density), exact(last_density)
     _check_path("last", last, shapes)
@@ -146,9 +180,14 @@ def erk_plus(shapes: Shapes, density: float, last: str, last_density: float = 1.
 
 
 def overall(shapes: Shapes, densities: Mapping[str, float]) -> float:
-    """The fraction kept of all layers together, for `densities` of {path: fraction kept}.
+    """Returns the fraction kept of all layers together. Masks keep `keep_count` of each layer, up to one weight more.
 
-    Masks keep `keep_count` of each layer, up to one weight more. ValueError unless both name the same paths.
+    Args:
+      shapes: {path: shape} of the layers.
+      densities: {path: fraction kept}, naming every layer.
+
+    Raises:
+      ValueError: the two name different paths, or a density is out of range.
     """
     sizes = _sizes(shapes)
     if set(densities) != set(sizes):

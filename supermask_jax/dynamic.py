@@ -1,12 +1,14 @@
-"""Masks that change while weights learn: gradual magnitude pruning, SET and RigL.
+"""Masks that change while weights learn: the parts of gradual magnitude pruning, SET and RigL.
 
-The masks are the scores slot of a state that learns "weights" under `identity`. Every so many steps new ones are
-computed here, on the host, and `replace_masks` puts them into the state; the compiled step goes on as it is.
+The masks are the scores of a state that learns "weights" under `identity`. At intervals, these functions compute new
+masks on the host, and `replace_masks` puts them into the state; the step is not compiled again. `methods` has the whole
+methods.
 """
 
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +23,23 @@ from supermask_jax.trees import Tree, by_path, ones_and_sizes, per_path
 
 
 def cubic_density(step: int, begin: int, end: int, final: float, initial: float = 1.0) -> float:
-    """The density of gradual pruning at a step: `initial` up to `begin`, `final` from `end` on, a cubic between them.
+    """Returns the density of gradual pruning at a step: `initial` until `begin`, `final` from `end`, a cubic between.
 
-    final + (initial - final) * (1 - (step - begin) / (end - begin))**3: fast at first, slowly towards the end.
+    The cubic is final + (initial - final) * (1 - (step - begin) / (end - begin))**3: it falls fast at first, and slowly
+    towards the end.
+
+    Args:
+      step: steps done, a whole number >= 0.
+      begin: the step at which pruning begins.
+      end: the step of the last pruning, not before `begin`.
+      final: fraction kept in the end, in [0, 1].
+      initial: fraction kept at first, in [0, 1], not below `final`.
 
     Raises:
       ValueError: steps that are not whole numbers >= 0, `begin` after `end`, densities outside [0, 1], or a final
         density above the initial one.
 
-    Source: Zhu & Gupta 2017, equation 1, there for the part that is pruned.
+    Source: Zhu & Gupta 2017, equation 1, there for the fraction that is pruned.
     """
     step, begin, end = _whole("step", step), _whole("begin", begin), _whole("end", end)
     first, last = exact(initial), exact(final)
@@ -44,34 +54,45 @@ def cubic_density(step: int, begin: int, end: int, final: float, initial: float 
 
 
 def cosine_fraction(step: int, end: int, initial: float = 0.3) -> float:
-    """The fraction for `drop_and_grow` at a step: half a cosine from `initial` at step 0 to 0 from `end` on.
+    """Returns the fraction for `drop_and_grow` at a step: half a cosine from `initial` at step 0 to 0 from `end` on.
 
-    initial / 2 * (1 + cos(pi * step / end)), to twelve decimals: without that half of 0.3 is 0.15000000000000002.
+    That is initial / 2 * (1 + cos(pi * step / end)), rounded to twelve decimals. Without the rounding, half of 0.3
+    would be 0.15000000000000002.
+
+    Args:
+      step: steps done, a whole number >= 0.
+      end: the step from which on nothing is dropped.
+      initial: the fraction at step 0, in [0, 1].
 
     Raises:
       ValueError: steps that are not whole numbers >= 0, or `initial` outside [0, 1].
 
     Source: Evci et al. 2020 (RigL), section 3, part 2.
     """
-    step, end, initial = _whole("step", step), _whole("end", end), _fraction(initial)
+    step, end, first = _whole("step", step), _whole("end", end), _fraction(initial)
     if step >= end:
         return 0.0
-    return round(float(initial) / 2 * (1 + math.cos(math.pi * step / end)), 12)
+    return round(float(first) / 2 * (1 + math.cos(math.pi * step / end)), 12)
 
 
 def magnitude_masks(weights: Params, masks: Masks, densities: float | Mapping[str, float]) -> Masks:
-    """Masks of the `keep_count(density, size)` largest magnitudes of each layer among those that `masks` keep.
+    """Returns masks of the `keep_count(density, size)` largest magnitudes of each layer among those that `masks` keep.
+
+    Ties are broken by flat index, the lowest losing first.
 
     Args:
       weights: every parameter.
       masks: what is left; exactly 0 or 1, None at leaves that are not pruned.
-      densities: fraction kept of all weights of a layer, pruned ones included; one for all, or {path: fraction}.
+      densities: fraction kept of all weights of a layer, pruned ones included: one for all, or {path: fraction}.
+
+    Returns:
+      Masks with the structure of `masks`; nothing pruned comes back.
 
     Raises:
-      ValueError: a density above what is left (nothing pruned comes back) or out of range, paths that do not match,
-        weights that are NaN, masks that are not 0/1.
+      ValueError: a density above what is left or out of range, paths that do not match, weights that are NaN, masks
+        that are not 0/1.
 
-    Source: Zhu & Gupta 2017, section 3, with `cubic_density`.
+    Source: Zhu & Gupta 2017, section 3, with the densities of `cubic_density`.
     """
     sizes = {path: size for path, (_, size) in ones_and_sizes(masks).items()}
     counts = {path: keep_count(part, sizes[path]) for path, part in per_path(densities, sizes).items()}
@@ -79,25 +100,29 @@ def magnitude_masks(weights: Params, masks: Masks, densities: float | Mapping[st
 
 
 def drop_and_grow(weights: Params, masks: Masks, growth: Scores, fraction: float | Mapping[str, float]) -> Masks:
-    """Masks without the kept weights of least magnitude, and with as many others of highest `growth`, in each layer.
+    """Returns masks that drop the kept weights of least magnitude and grow those of highest `growth`, layer by layer.
 
-    Of m kept, `keep_count(1 - fraction, m)` stay. Every weight that is not among them can be grown, also one that was
-    dropped just now, as in RigL's released code: so there are always enough to grow, and each layer's count stays.
-    Other fractions compile nothing new.
+    Of m kept weights, `keep_count(1 - fraction, m)` stay. Any other weight can be grown, also one that was just
+    dropped; that is how the released code of RigL works. There are then always enough weights to grow, and every layer
+    keeps its count. Other fractions compile nothing new.
 
     Args:
       weights: every parameter.
       masks: what is kept; exactly 0 or 1, None at leaves that are not pruned.
       growth: scores, higher = grown: `selection.random_scores` with a key for each update (SET), or the magnitude of
         `dense_gradient` (RigL). Leaves where `masks` are None are ignored.
-      fraction: the part of what is kept that is dropped, in [0, 1]; one for all layers, or {path: fraction}. See
+      fraction: the part of the kept weights that is dropped, in [0, 1]: one for all layers, or {path: fraction}. See
         `cosine_fraction`.
 
-    Raises:
-      ValueError: a fraction out of range, paths that do not match, weights or growth that are NaN, masks not 0/1.
+    Returns:
+      Masks with the structure, dtypes and layer counts of `masks`.
 
-    Source: Mocanu et al. 2018 (SET); Evci et al. 2020 (RigL), section 3, parts 3 and 4, and its released code, which
-    adds noise to the magnitudes.
+    Raises:
+      ValueError: a fraction out of range, paths that do not match, weights or growth that are NaN, masks that are not
+        0/1.
+
+    Source: Mocanu et al. 2018 (SET); Evci et al. 2020 (RigL), section 3, parts 3 and 4. RigL's released code adds noise
+    to the magnitudes.
     """
     left = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
     stay = {path: keep_count(1 - _fraction(part), left[path]) for path, part in per_path(fraction, left).items()}
@@ -111,17 +136,21 @@ def drop_and_grow(weights: Params, masks: Masks, growth: Scores, fraction: float
 def dense_gradient(
     loss_fn: LossFn, subnet: Subnet, batch: Tree, *, model_state: Tree = None, key: Key | None = None
 ) -> Tree:
-    """The loss's gradient by weights * masks, also where the masks are 0; None at leaves that are not masked.
+    """Returns the loss's gradient by weights * masks, also where the masks are 0; None at leaves that have no mask.
 
-    What a train step cannot see: its gradient, by the weights, is this one times the masks. Its magnitude is RigL's
-    growth score. To be compiled by the caller, for one `loss_fn`.
+    A train step does not compute it: its gradient by the weights is this one times the masks. Its magnitude is RigL's
+    growth score. Compile it with `jit`, for one `loss_fn`.
 
     Args:
-      loss_fn: as for `make_train_step`; what it returns beside the loss is dropped.
-      subnet: weights, and masks as its scores.
-      batch: as for the step; RigL uses the batch of the step that the update replaces.
-      model_state: batch statistics and the like.
-      key: for dropout.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), that of the training; only
+        the loss is used.
+      subnet: the weights, and masks as its scores.
+      batch: the batch that the gradient is computed on.
+      model_state: batch statistics and the like, that `loss_fn` is given.
+      key: for dropout, that `loss_fn` is given.
+
+    Returns:
+      A tree like the weights, None where `subnet.scores` are None.
 
     Raises:
       ValueError: all masks are None.
@@ -136,19 +165,21 @@ def dense_gradient(
 
 
 def replace_masks(state: TrainState, tx: optax.GradientTransformation, masks: Masks) -> TrainState:
-    """The state with new masks. A weight that was not kept and now is starts at 0, and so does what `tx` holds of it.
+    """Returns the state with new masks. Newly kept weights start at 0, and so does the optimizer's state of them.
 
-    That is every leaf of the optimizer state that is shaped like the weights (momentum, Adam's moments). All else is as
-    it was: dropped weights with their momentum, which may move them, unseen; biases, steps, key. The masks are copied,
-    so that a step may donate the state, and take the shapes and dtypes of the old ones: nothing is compiled again.
+    The optimizer's state of a weight is its entry in every leaf that is shaped like the weights (momentum, Adam's
+    moments). Everything else stays: dropped weights and their momentum, which may still move them without any effect;
+    biases, steps, the key. The masks are copied, so that a step may donate the state, and take the shapes and dtypes of
+    the old ones, so that nothing is compiled again.
 
     Args:
       state: of `init_state(..., learns="weights")`, whose scores are masks.
-      tx: the optimizer that made it. Put no `lottery.frozen` into it: it would go on freezing by the old masks.
+      tx: the optimizer that made the state. It must not contain `lottery.frozen`, which would keep freezing by old
+        masks.
       masks: exactly 0 or 1, with the structure and shapes of the state's.
 
     Raises:
-      ValueError: masks that are not 0/1 or do not match the state's, an optimizer state that is not of `tx`, or a `tx`
+      ValueError: masks that are not 0/1 or do not match the state's; an optimizer state that is not of `tx`; a `tx`
         whose state cannot be told from the weights', as that of `lottery.frozen`.
 
     Source: Evci et al. 2020 (RigL), section 3, part 4, and its released code.
@@ -156,11 +187,14 @@ def replace_masks(state: TrainState, tx: optax.GradientTransformation, masks: Ma
     before = state.subnet.scores
     ones_and_sizes(before), ones_and_sizes(masks)  # raise on what is not 0/1
     shapes, given = ({path: np.shape(mask) for path, mask in by_path(tree).items()} for tree in (before, masks))
-    if given != shapes or jax.tree.structure(before) != jax.tree.structure(masks):
+    structures: tuple[Any, Any] = jax.tree.structure(before), jax.tree.structure(masks)
+    if given != shapes or structures[0] != structures[1]:
         raise ValueError(f"the new masks must have the structure of the state's, {shapes}; got {given}")
     grown = jax.tree.map(lambda old, new: (np.asarray(old) == 0) & (np.asarray(new) == 1), before, masks)
 
-    def cleared(leaf, new):  # optax.masked leaves MaskedNodes behind; Adafactor's row sums have a shape of their own
+    def cleared(
+        leaf: Any, new: Any
+    ) -> Any:  # optax.masked leaves MaskedNodes behind; Adafactor's row sums have a shape of their own
         if new is None or isinstance(leaf, optax.MaskedNode) or jnp.shape(leaf) != new.shape:
             return leaf
         return jnp.where(new, 0, leaf)
@@ -175,7 +209,7 @@ def replace_masks(state: TrainState, tx: optax.GradientTransformation, masks: Ma
             "weights, and tx without a transformation whose init looks at the weights, such as lottery.frozen"
         ) from error
     weights = jax.tree.map(cleared, state.subnet.weights, grown)
-    # From the old mask, whose dtype and place on the devices they take; from what is given they take the values alone.
+    # Made from the old masks, so that they have their dtype and place on the devices; only the values are the new ones.
     copies = jax.tree.map(
         lambda old, new: jnp.where(np.asarray(new) == 1, jnp.ones_like(old), jnp.zeros_like(old)), before, masks
     )

@@ -1,7 +1,7 @@
 """Random weights that a seed regenerates on every machine: drawn from integers, scaled by one host constant.
 
-Each initializer takes a key and the weights and draws the chosen leaves anew (by default the kernels); the other
-leaves come back as they were. A leaf's draw depends on its path and the key alone. `jax.random.normal` and
+Each initializer takes a key and the weights, and draws the chosen leaves anew (by default the kernels); the other
+leaves come back unchanged. A leaf's draw depends only on its path and the key. `jax.random.normal` and
 `uniform(minval, maxval)` are not used: their last bit depends on the machine's code generation.
 """
 
@@ -16,27 +16,39 @@ import numpy as np
 from supermask_jax.densities import exact
 from supermask_jax.trees import Tree, Where, is_kernel, leaf_key, map_with_name, per_path, prunable
 
-FanIn = FanOut = Callable[[str, tuple[int, ...]], int]
+FanIn = Callable[[str, tuple[int, ...]], int]
+"""fan_in(path, shape) -> how many inputs each output of the leaf sums."""
+FanOut = Callable[[str, tuple[int, ...]], int]
+"""fan_out(path, shape) -> how many outputs each input of the leaf goes to."""
 Density = float | Mapping[str, float] | None
+Draw = Callable[[jax.Array, tuple[int, ...], np.float32], jax.Array]  # (key, shape, scale)
 
 ATTENTION_INPUTS, ATTENTION_OUTPUT = ("query", "key", "value"), "out"
 
 
 def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
-    """Inputs that each output of a Flax kernel sums: the product of all axes but the last.
+    """Returns how many inputs each output of a Flax kernel sums: the product of all axes but the last.
 
     That is right for (in, out), (width, in, out), (height, width, in, out) and attention's output kernel (heads,
-    size, out). Attention's query, key and value kernels are (in, heads, size): there it is the first axis alone.
+    size, out). For attention's query, key and value kernels (in, heads, size) it is the first axis only.
+
+    Args:
+      path: the leaf's path: "Conv_0/kernel". Its parent's name tells attention's kernels.
+      shape: the leaf's shape.
     """
     return shape[0] if _attention(path, shape) == "in" else math.prod(shape[:-1])
 
 
 def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
-    """Outputs that each input of a Flax kernel goes to: the product of all axes but the last but one.
+    """Returns how many outputs each input of a Flax kernel goes to: the product of all axes but the last but one.
 
-    That is right for (in, out), (width, in, out) and (height, width, in, out). Attention's query, key and value
-    kernels are (in, heads, size): there it is heads * size. Its output kernel is (heads, size, out): there it is the
-    last axis alone; a convolution of one axis looks the same, so the parent's name `out` decides.
+    That is right for (in, out), (width, in, out) and (height, width, in, out). For attention's query, key and value
+    kernels (in, heads, size) it is heads * size. For attention's output kernel (heads, size, out) it is the last axis
+    only; a convolution of one axis looks the same, so the parent's name `out` decides.
+
+    Args:
+      path: the leaf's path: "Conv_0/kernel". Its parent's name tells attention's kernels.
+      shape: the leaf's shape.
     """
     match _attention(path, shape):
         case "in":
@@ -47,12 +59,22 @@ def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
 
 
 def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
-    """Inputs that each output of an Equinox (or PyTorch) weight sums: (out, in, height, width), all but the first."""
+    """Returns how many inputs each output of an Equinox or PyTorch weight sums: the product of all axes but the first.
+
+    Args:
+      path: the leaf's path, which does not matter.
+      shape: (out, in) or (out, in, height, width).
+    """
     return math.prod(shape[1:])
 
 
 def equinox_fan_out(path: str, shape: tuple[int, ...]) -> int:
-    """Outputs that each input of an Equinox (or PyTorch) weight goes to: all axes but the second, which is `in`."""
+    """Returns how many outputs each input of an Equinox or PyTorch weight goes to: all axes but the second.
+
+    Args:
+      path: the leaf's path, which does not matter.
+      shape: (out, in) or (out, in, height, width).
+    """
     return shape[0] * math.prod(shape[2:])
 
 
@@ -63,19 +85,23 @@ def signed_constant(
     where: Where = is_kernel,
     fan_in: FanIn = flax_fan_in,
 ) -> Tree:
-    """Weights of one size, sqrt(2 / fan_in), and random sign. Zhou et al. take another size: `signed_deviation`.
+    """Returns weights of one magnitude per layer, sqrt(2 / fan_in), and random sign.
+
+    Zhou et al. 2019 use another magnitude: see `signed_deviation`.
 
     Args:
       key: a `jax.random.key`, not the one the scores are drawn with.
       weights: tree whose shapes and dtypes are kept.
-      density: None, or the fraction that will be kept (one, or {path: fraction}): the constant is then scaled by
-        sqrt(1 / density), as in the paper. Its released code scales by sqrt(1 / (1 - density)); they agree at 0.5.
-      where, fan_in: which leaves are drawn, and each one's fan-in, by path and leaf or shape.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn anew.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
 
     Raises:
-      ValueError: no leaf is chosen, or a density is outside (0, 1] or names a path that is not there.
+      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
 
-    Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling).
+    Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling). The released code
+    scales by sqrt(1 / (1 - density)); that agrees with the paper at 0.5.
     """
 
     return _redraw(_signed, key, weights, density, where, fan_in)
@@ -88,7 +114,21 @@ def unsigned_constant(
     where: Where = is_kernel,
     fan_in: FanIn = flax_fan_in,
 ) -> Tree:
-    """Weights all equal to sqrt(2 / fan_in); nothing is random. Arguments and source as `signed_constant`."""
+    """Returns weights all equal to sqrt(2 / fan_in); nothing is random.
+
+    Args:
+      key: a `jax.random.key`, which does not matter; all initializers take one.
+      weights: tree whose shapes and dtypes are kept.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn anew.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+
+    Source: the released code of Ramanujan et al. 2020 (unsigned_constant); section 3.1 of the paper (scaling).
+    """
     return _redraw(lambda key, shape, scale: jnp.full(shape, scale), key, weights, density, where, fan_in)
 
 
@@ -99,9 +139,20 @@ def kaiming_normal(
     where: Where = is_kernel,
     fan_in: FanIn = flax_fan_in,
 ) -> Tree:
-    """Weights from N(0, 2 / fan_in). Arguments as `signed_constant`; the key must be concrete (not under jit).
+    """Returns weights from N(0, 2 / fan_in).
 
-    Source: He et al. 2015, equation 10, for ReLU.
+    Args:
+      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete (not under jit).
+      weights: tree whose shapes and dtypes are kept.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn anew.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+
+    Source: He et al. 2015, equation 10, for ReLU; the scaling by the density, Ramanujan et al. 2020, section 3.1.
     """
     return _redraw(_normal, key, weights, density, where, fan_in)
 
@@ -114,10 +165,22 @@ def glorot_normal(
     fan_in: FanIn = flax_fan_in,
     fan_out: FanOut = flax_fan_out,
 ) -> Tree:
-    """Weights from N(0, 2 / (fan_in + fan_out)). Arguments as `kaiming_normal`, and each leaf's fan-out.
+    """Returns weights from N(0, 2 / (fan_in + fan_out)).
+
+    Args:
+      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete (not under jit).
+      weights: tree whose shapes and dtypes are kept.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn anew.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      fan_out: (path, shape) -> the leaf's fan-out; for Equinox or PyTorch layouts, `equinox_fan_out`.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
 
     Source: Glorot and Bengio 2010, equation 12 (the variance). Keras's, which Zhou et al. 2019 draw from, cuts the
-    normal's tails off at two deviations and widens the rest to this variance; ours has its tails.
+    normal's tails off at two deviations and widens the rest to this variance; here the tails stay.
     """
 
     def fans(path, shape):
@@ -133,7 +196,21 @@ def kaiming_uniform(
     where: Where = is_kernel,
     fan_in: FanIn = flax_fan_in,
 ) -> Tree:
-    """Weights from U(-b, b), b = sqrt(6 / fan_in): the variance of `kaiming_normal`. Arguments as there."""
+    """Returns weights from U(-b, b), b = sqrt(6 / fan_in), whose variance is 2 / fan_in.
+
+    Args:
+      key: a `jax.random.key`, not the one the scores are drawn with.
+      weights: tree whose shapes and dtypes are kept.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn anew.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+
+    Source: He et al. 2015, equation 10 (the variance), for ReLU.
+    """
 
     def draw(key, shape, scale):
         return symmetric_uniform(key, shape, float(scale) * math.sqrt(3))
@@ -142,10 +219,11 @@ def kaiming_uniform(
 
 
 def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
-    """Each chosen weight's sign times the standard deviation of its leaf; a weight of 0 stays 0.
+    """Returns each chosen weight's sign times the standard deviation of its leaf; a weight of 0 stays 0.
 
-    This is the second published scale of a signed constant: Ramanujan et al.'s `signed_constant` knows the fan-in alone
-    and draws its signs, Zhou et al.'s takes size and signs from weights that were drawn before (there, Glorot normal).
+    This is the second published magnitude of a signed constant. `signed_constant`, of Ramanujan et al., computes it
+    from the fan-in and draws the signs. This one, of Zhou et al., takes both from weights that were drawn before
+    (there, Glorot normal).
 
     Args:
       weights: tree of concrete arrays (not under jit). The deviation is that of the population: of n, not of n - 1. It
@@ -153,7 +231,7 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
       where: (path, leaf) -> whether the leaf is replaced.
 
     Raises:
-      ValueError: no leaf is chosen.
+      ValueError: `where` chooses no leaf.
 
     Source: Zhou et al. 2019, section 5, and its released code (make_signed_consts).
     """
@@ -169,7 +247,7 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
 
 
 def symmetric_uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
-    """[shape] float32 from U(-bound, bound): odd multiples of bound / 2**24, never 0, the same on every machine."""
+    """Returns [shape] float32 from U(-bound, bound): odd multiples of bound / 2**24, the same on every machine."""
     return _odd_multiples(key, shape, np.float32(bound / 2**24))
 
 
@@ -192,9 +270,15 @@ def _normal(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Ar
 
 
 def standard_normal(bits: np.ndarray) -> np.ndarray:
-    """float32 standard normals from uint32 bits, by inverting the distribution function on the host.
+    """Returns float32 standard normals from uint32 bits, by inverting the distribution function on the host.
 
-    Only +, -, *, / and sqrt of doubles, which IEEE 754 rounds alike everywhere; library logarithms differ.
+    Args:
+      bits: uint32 of any shape, uniform.
+
+    Returns:
+      float32 of that shape. Only +, -, *, / and sqrt of doubles are used, which IEEE 754 rounds alike everywhere;
+      library logarithms differ.
+
     Source: Wichura 1988, algorithm AS 241 (PPND16), relative accuracy about 1e-16.
     """
     p = (bits.astype(np.float64) + 0.5) / 2.0**32
@@ -205,7 +289,7 @@ def standard_normal(bits: np.ndarray) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def _redraw(draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan: FanIn) -> Tree:
+def _redraw(draw: Draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan: FanIn) -> Tree:
     """`weights` with draw(key of the leaf, shape, float32 sqrt(2 / fan / density)) in place of each chosen leaf."""
     shapes = prunable(weights, where)
     densities = per_path(1.0 if density is None else density, shapes)
@@ -241,7 +325,7 @@ def _log(x: np.ndarray) -> np.ndarray:
     return 2.0 * z * series + (exponent - 0.5) * math.log(2.0)
 
 
-def _ratio(coefficients: tuple, r: np.ndarray) -> np.ndarray:
+def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], r: np.ndarray) -> np.ndarray:
     numerator, denominator = (np.zeros_like(r), np.zeros_like(r))
     for a, b in zip(*coefficients, strict=True):
         numerator, denominator = numerator * r + a, denominator * r + b

@@ -1,7 +1,7 @@
-"""Lottery tickets: prune what trained weights say, go back to the weights before training, train again.
+"""Lottery tickets: train, prune by the trained weights, rewind to earlier weights, and train again.
 
-Everything here is a function around the train function that it is given. Rewinding is nothing but starting every
-round from the same weights: those of step 0 (Frankle & Carbin 2019), or those of an early step k (Frankle et al. 2020).
+`iterative_pruning` is a loop around a train function that it is given. Rewinding means that every round starts from the
+same weights: those of step 0 (Frankle & Carbin 2019), or those of an early step k (Frankle et al. 2020).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,15 @@ Unit = Literal["weight", "neuron"]
 
 
 def full_masks(weights: Tree, where: Where = is_kernel) -> Tree:
-    """Masks that keep everything: ones at the prunable leaves, None elsewhere. ValueError if `where` chooses none."""
+    """Returns masks that keep everything: ones at the prunable leaves, None elsewhere.
+
+    Args:
+      weights: tree whose shapes and dtypes the masks take.
+      where: (path, leaf) -> whether the leaf is prunable.
+
+    Raises:
+      ValueError: `where` chooses no leaf.
+    """
     shapes = prunable(weights, where)
     return map_with_name(lambda path, leaf: jnp.ones_like(leaf) if path in shapes else None, weights)
 
@@ -45,7 +53,22 @@ def prune(
     scope: Scope = "global",
     unit: Unit = "weight",
 ) -> Tree:
-    """Masks without the `fraction` of the kept weights whose magnitude is least. Arguments as in `prune_by`.
+    """Returns masks without the `fraction` of the kept weights whose magnitude is least; nothing pruned comes back.
+
+    Of m weights that are left, `keep_count(1 - fraction, m)` stay, computed on the decimal as written.
+
+    Args:
+      weights: every parameter, after training.
+      masks: what is left; exactly 0 or 1. Leaves that are None are neither pruned nor counted.
+      fraction: the part of what is **left** that is removed, in [0, 1]; with scope "layer" also {path: fraction}.
+      scope: "global" ranks all layers as one; "layer" ranks each by itself.
+      unit: "weight", or "neuron" for whole output units (neurons, channels), ranked by the mean magnitude of the
+        weights that each has left. Units are then counted, and one without any weight left stays pruned. The output
+        layer's units are the classes: give it fraction 0, or the mask None.
+
+    Raises:
+      ValueError: a fraction outside [0, 1], an unknown scope or unit, paths that do not match, a mapping with scope
+        "global", weights that are NaN, masks that are not 0/1.
 
     Source: Frankle & Carbin 2019, section 2 (each layer by itself, the output layer at half the rate) and section 4
     (globally). Their released code removes one weight more, the threshold itself, and so does open_lth.
@@ -61,18 +84,18 @@ def prune_by(
     scope: Scope = "global",
     unit: Unit = "weight",
 ) -> Tree:
-    """Masks without the `fraction` of what `masks` keep whose scores are lowest; nothing pruned comes back.
+    """Returns masks without the `fraction` of the kept weights whose scores are lowest; nothing pruned comes back.
 
-    Of m that are left, `keep_count(1 - fraction, m)` stay, computed on the decimal as written.
+    Of m weights that are left, `keep_count(1 - fraction, m)` stay, computed on the decimal as written.
 
     Args:
       scores: tree of floats of at most 32 bits, None where `masks` are.
       masks: what is left; exactly 0 or 1. Leaves that are None are neither pruned nor counted.
       fraction: the part of what is **left** that is removed, in [0, 1]; with scope "layer" also {path: fraction}.
       scope: "global" ranks all layers as one; "layer" ranks each by itself.
-      unit: "weight"; or "neuron", for whole output units (neurons, channels), ranked by the mean score of the weights
-        that each has left. What is left, and counted, is then units, and one with no weight left stays out. The output
-        layer's units are the classes: give it fraction 0, or the mask None.
+      unit: "weight", or "neuron" for whole output units (neurons, channels), ranked by the mean score of the weights
+        that each has left. Units are then counted, and one without any weight left stays pruned. The output layer's
+        units are the classes: give it fraction 0, or the mask None.
 
     Raises:
       ValueError: a fraction outside [0, 1], an unknown scope or unit, paths that do not match, a mapping with scope
@@ -92,9 +115,14 @@ def prune_by(
 
 
 def round_fraction(density: float, rounds: int) -> float:
-    """The fraction to remove in each of `rounds` rounds so that `density` is left: 1 - density**(1 / rounds).
+    """Returns the fraction to remove in each of `rounds` rounds so that `density` is left: 1 - density**(1 / rounds).
 
-    To twelve decimals: without that 0.64 in two rounds is 0.19999999999999996, which keeps a weight too many.
+    It is rounded to twelve decimals. Without the rounding, 0.64 in two rounds gives 0.19999999999999996, which keeps a
+    weight too many.
+
+    Args:
+      density: fraction kept after all rounds, in [0, 1].
+      rounds: their number, >= 1.
 
     Raises:
       ValueError: the density is outside [0, 1], or there is no round.
@@ -105,7 +133,7 @@ def round_fraction(density: float, rounds: int) -> float:
 
 
 class Round(NamedTuple):
-    """One round of iterative pruning: what was trained under which masks, and what came of it."""
+    """One round of iterative pruning: its masks, and the result of training under them."""
 
     number: int  # from 0, before anything is pruned
     masks: Tree
@@ -119,18 +147,21 @@ def iterative_pruning(
     rounds: int,
     prune: Callable[[Any, Tree], Tree],
 ) -> Iterator[Round]:
-    """Trains and prunes `rounds` times, and trains what is left: yields rounds + 1 rounds, each when it is trained.
+    """Trains and prunes `rounds` times, and trains what is left; yields rounds + 1 rounds, each after its training.
 
-    Every round starts from the same `weights`: that is rewinding, to the step they are from. To fine-tune instead,
-    let `train` remember. One-shot pruning is one round with a large fraction. Consuming it by `for` trains; breaking
-    off trains no further.
+    Every round starts from the same `weights`: that is rewinding, to the step that they are from. To fine-tune instead,
+    let `train` remember its weights. One-shot pruning is one round with a large fraction. The loop that consumes the
+    iterator trains; after a break nothing more is trained.
+
+        for round in lottery.iterative_pruning(train, weights, lottery.full_masks(weights), 5, prune):
+            print(round.number, sm.density(round.masks))
 
     Args:
-      train: (weights, masks, number) -> trained, which is anything that `prune` can read; most simply the weights.
+      train: train(weights, masks, number) -> trained, which is anything that `prune` can read; most simply the weights.
       weights: what every round starts from.
-      masks: what the first round trains under; most often `full_masks`.
+      masks: what the first round trains under; usually `full_masks`.
       rounds: how often to prune; 0 trains once.
-      prune: (trained, masks) -> the next round's masks; such as `partial(lottery.prune, fraction=0.2)`.
+      prune: prune(trained, masks) -> the next round's masks; such as `partial(lottery.prune, fraction=0.2)`.
 
     Raises:
       ValueError: `rounds` is negative.
@@ -147,9 +178,14 @@ def iterative_pruning(
 
 
 def random_like(key: jax.Array, masks: Tree) -> Tree:
-    """Random masks with exactly as many ones in each layer: the control of an experiment with `masks`.
+    """Returns random masks with exactly as many ones in each layer as `masks`: a control of an experiment with them.
 
-    A leaf's draw depends on `key` and its path alone. ValueError for masks that are not 0/1.
+    Args:
+      key: a `jax.random.key`; a leaf's draw depends only on it and the leaf's path.
+      masks: exactly 0 or 1, None at leaves that are not pruned. Not for jit.
+
+    Raises:
+      ValueError: masks that are not 0/1.
     """
     counts = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
     drawn = keep_highest(random_scores(key, masks, where=lambda path, leaf: True), counts)
@@ -157,10 +193,14 @@ def random_like(key: jax.Array, masks: Tree) -> Tree:
 
 
 def reshuffled(key: jax.Array, weights: Tree, masks: Tree) -> Tree:
-    """Weights whose kept ones are permuted among the kept positions of their layer; all others as they are.
+    """Returns weights whose kept ones are permuted among the kept positions of their layer; all others are unchanged.
 
-    A leaf's draw depends on `key` and its path alone. Not for jit: how many are kept must be known.
-    Source: Zhou et al. 2019, section 3 ("reshuffle"). Their "reinit" is nothing but other weights.
+    Args:
+      key: a `jax.random.key`; a leaf's permutation depends only on it and the leaf's path.
+      weights: every parameter.
+      masks: 0 or 1, None at leaves that are not pruned. They must be concrete (not under jit).
+
+    Source: Zhou et al. 2019, section 3 ("reshuffle"). Their "reinit" means other weights.
     """
 
     def shuffle(path: str, weight: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -174,11 +214,15 @@ def reshuffled(key: jax.Array, weights: Tree, masks: Tree) -> Tree:
 
 
 def frozen(masks: Tree) -> optax.GradientTransformation:
-    """Multiplies updates by `masks`: put last in a chain, it leaves pruned weights at the value that they have.
+    """Returns a transformation that multiplies updates by `masks`: last in a chain, it leaves pruned weights unchanged.
 
-    For networks whose pruned weights are not 0 but keep their initial value: train them densely with it. Last, because
-    momentum and decay before it would move them all the same. Leaves whose mask is None pass. Its state **is** the
-    masks: a step that is compiled with one `frozen` serves the state of any other, without a new compilation.
+    It is for networks whose pruned weights keep their initial value instead of 0: train them densely with it. It must
+    be last, because weight decay after it would move pruned weights. Leaves whose mask is None pass. Its state **is**
+    the masks, so that a step compiled with one `frozen` also works on the state of another, without a new compilation.
+
+    Args:
+      masks: 0 or 1, None at leaves that are not pruned.
+
     Source: Zhou et al. 2019, section 4 (mask-0 actions).
     """
 
@@ -192,11 +236,12 @@ def frozen(masks: Tree) -> optax.GradientTransformation:
 
 
 def shrink(weights: Tree, masks: Tree, layers: list[str]) -> Tree:
-    """The weights of the smaller network that computes what weights * masks does, without the units pruned whole.
+    """Returns the weights of the smaller network that computes the same as weights * masks, without units pruned whole.
 
-    Gone are, of each kernel but the last, the output units whose mask is all 0, with their biases, and what the next
-    kernel reads of them. A dense kernel may read a flattened picture, whose channels are innermost (NHWC). It holds
-    where a unit of zeros stays 0 on its way to the next kernel: through ReLU, pooling and dropout, not through sigmoid.
+    Removed are, from each kernel but the last, the output units whose mask is all 0, with their biases, and what the
+    next kernel reads of them. A dense kernel may read a flattened image, whose channels are innermost (NHWC). The
+    smaller network computes the same if a unit of zeros stays 0 until the next kernel: through ReLU, pooling and
+    dropout, but not through sigmoid.
 
     Args:
       weights: every parameter: the kernels of a chain, [..., in, out], and their biases, siblings named "bias".
@@ -204,11 +249,11 @@ def shrink(weights: Tree, masks: Tree, layers: list[str]) -> Tree:
       layers: the paths of the kernels in the order in which data passes through them.
 
     Returns:
-      A tree like `weights` of smaller arrays, for the same model with smaller widths; masks are applied to it.
+      A tree like `weights` of smaller arrays, already multiplied by the masks, for the same model with smaller widths.
 
     Raises:
-      ValueError: `layers` are not the kernels that there are, or do not chain; a layer is pruned whole; a unit that
-        would go has a bias that is not 0, which it still passes on.
+      ValueError: `layers` are not exactly the kernels, or do not form a chain; a layer is pruned whole; a unit that
+        would be removed has a bias that is not 0, which it still passes on.
     """
     leaves = by_path(apply_masks(weights, masks))
     biases = {path: path[: path.rfind("/") + 1] + "bias" for path in layers}

@@ -1,11 +1,11 @@
 """The train step on many devices: over a mesh under jit, under pmap, and in several processes.
 
-The main road is a mesh. Batches are split over it, the state is replicated or sharded, and the step is that of one
-device, compiled by the caller as ever; the compiler adds the communication:
+A mesh under jit is the usual way. Batches are split over the mesh, the state is replicated or sharded, and the step is
+the same as on one device; the compiler adds the communication:
 
     mesh = parallel.mesh()
     state = parallel.place_state(mesh, state)
-    step = jax.jit(
+    step = sm.jit(
         sm.make_train_step(mask_fn, loss_fn, tx, learns="scores"),
         out_shardings=(parallel.state_shardings(mesh, state), None),
         donate_argnums=0,
@@ -14,15 +14,17 @@ device, compiled by the caller as ever; the compiler adds the communication:
         state, metrics = step(state, parallel.shard_batch(mesh, batch))
 
 Losses, batch statistics, dropout and masks are those of the whole batch on one device, up to the order of sums.
-`out_shardings` keep the state where it is from step to step, so that one compilation serves them all. With
+`out_shardings` keep the state in its place from step to step, so that the step is compiled once. With
 `shard_scores=True` in both places, wrap the loss in `with_whole_weights`.
-In several processes each calls `initialize` first, makes the same state, and gives `shard_batch` its own share.
-The other road is `pmap_step`.
+
+In several processes, each process calls `initialize` first, makes the same state, and gives `shard_batch` its own share
+of the batch. `pmap_step` is the step under `jax.pmap`.
 """
 
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from supermask_jax.supermask import MaskFn
+from supermask_jax.supermask import MaskFn, ProductFn
 from supermask_jax.train import Learns, LossFn, TrainState, make_train_step
 from supermask_jax.trees import Tree, by_path
 
@@ -38,30 +40,35 @@ AXIS = "devices"  # of the mesh and of pmap: what BatchNorm and `weighted_mean` 
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Join this process to the others; before anything else that touches a device.
+    """Joins this process to the others. Call it before anything that touches a device.
+
+    With all three arguments None, the cluster's environment decides (Slurm, Open MPI, Kubernetes, TPU pods: see
+    `jax.distributed.initialize`).
 
     Args:
-      coordinator: "address:port" of process 0, which must be free there.
-      processes: how many there are, on all hosts together.
-      process_id: which this one is, in [0, processes). With all three None, what the cluster's environment says
-        (Slurm, Open MPI, Kubernetes, TPU pods: see `jax.distributed.initialize`).
+      coordinator: "address:port" of process 0; the port must be free there.
+      processes: the number of processes on all hosts together.
+      process_id: which process this is, in [0, processes).
 
     Raises:
-      ValueError: some are given and some are not, or `process_id` is out of range.
+      ValueError: some arguments are given and some are not, or `process_id` is out of range.
     """
     given = (coordinator, processes, process_id)
     if None in given and given != (None, None, None):
         raise ValueError(f"give coordinator, processes and process_id, or none of them; got {given}")
-    if process_id is not None and not 0 <= process_id < processes:
+    if process_id is not None and processes is not None and not 0 <= process_id < processes:
         raise ValueError(f"process_id must be in [0, processes): got {process_id} of {processes}")
     jax.distributed.initialize(coordinator, processes, process_id)
 
 
 def mesh(devices: int | None = None) -> Mesh:
-    """A mesh with the one axis "devices", of the first so many devices, or of all there are in all processes.
+    """Returns a mesh with one axis, "devices".
+
+    Args:
+      devices: how many, the first ones; None means all devices of all processes.
 
     Raises:
-      ValueError: more devices are asked for than there are, fewer than one, or, in several processes, fewer than all.
+      ValueError: more devices than there are, fewer than one, or, in several processes, fewer than all.
     """
     chosen = _devices(devices)
     # Not the default, Explicit axes: those refuse most operations on what is sharded.
@@ -69,13 +76,15 @@ def mesh(devices: int | None = None) -> Mesh:
 
 
 def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
-    """The batch with the first axis of every leaf split over the mesh.
+    """Returns the batch with the first axis of every leaf split over the mesh.
 
     Args:
-      batch: arrays [n, ...], with the same n for all. In several processes, this one's share, as large as the others'.
+      mesh: made by `mesh`.
+      batch: arrays [n, ...], with the same n for all. In several processes it is this process's share; all shares have
+        the same size.
 
     Raises:
-      ValueError: the (process's) devices do not divide n.
+      ValueError: the number of the mesh's devices (in this process) does not divide n.
     """
     _check_divisible(batch, len(mesh.local_devices))
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -83,34 +92,50 @@ def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """A copy of the tree, whole on every device of the mesh; copying, donation and errors as in `place_state`."""
+    """Returns a copy of the tree, whole on every device of the mesh.
+
+    The copy shares no memory with `tree`, so that a step may be given it as a donation.
+
+    Args:
+      mesh: made by `mesh`.
+      tree: arrays; in several processes, the same values in each.
+
+    Raises:
+      ValueError: in several processes, their values differ.
+    """
     return _place(mesh, tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def place_state(mesh: Mesh, state: TrainState, shard_scores: bool = False) -> TrainState:
-    """A copy of the state on the mesh, laid out as `state_shardings` says.
+    """Returns a copy of the state on the mesh, laid out by `state_shardings`.
 
-    It shares no memory with `state`, which can be placed again after a step was given the copy as a donation.
+    The copy shares no memory with `state`, which can be placed again after a step was given the copy as a donation.
+
+    Args:
+      mesh: made by `mesh`.
+      state: made by `init_state`; in several processes, the same in each.
+      shard_scores: whether scores, weights and optimizer state are split over the mesh, or whole on every device.
 
     Raises:
-      ValueError: in several processes, when theirs differ (they were made from other keys, say).
+      ValueError: in several processes, their states differ (because they were made from other keys, say).
     """
     return _place(mesh, state, state_shardings(mesh, state, shard_scores))
 
 
 def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -> TrainState:
-    """The sharding of every leaf, in the structure of the state: for jit's `out_shardings`, and for restoring.
+    """Returns the sharding of every leaf of the state: for `out_shardings` of `jit`, and for restoring.
 
     Args:
-      state: arrays, or their shapes (`jax.eval_shape`).
-      shard_scores: False: every device holds all. True: scores, weights and optimizer state are split over the mesh,
-        each array along the largest axis that the number of devices divides, the last one only where it divides no
-        other (whole where there is none), so that a device stores and updates its part. Selection then exchanges
-        counts and small samples, never scores. For a layer's product the compiler gathers what it likes, of a convnet
-        also activations; `with_whole_weights` makes it the weights.
+      mesh: made by `mesh`.
+      state: arrays, or their shapes (`jax.eval_shape`). The shardings have its structure.
+      shard_scores: False: the whole state is on every device. True: scores, weights and optimizer state are split over
+        the mesh, so that a device stores and updates a part. Each array is split along the largest axis whose size the
+        number of devices divides; along the last axis only if it divides no other; if it divides none, the array stays
+        whole. Selection then exchanges counts and small samples, never scores. For a layer's product the compiler
+        chooses what to gather, in a convnet also activations; `with_whole_weights` makes it the weights.
     """
 
-    def split(leaf) -> NamedSharding:
+    def split(leaf: Any) -> NamedSharding:
         axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
         # A CPU counts scores row by row: of a layer that is split along its rows, a count for each would travel.
         axes = [axis for axis in axes if axis < leaf.ndim - 1] or axes
@@ -126,15 +151,19 @@ def state_shardings(mesh: Mesh, state: TrainState, shard_scores: bool = False) -
 
 
 def with_whole_weights(mesh: Mesh, loss_fn: LossFn) -> LossFn:
-    """`loss_fn`, given params that are whole on every device of the mesh: for sharded scores under jit.
+    """Returns a `loss_fn` whose params are whole on every device of the mesh, for sharded scores under jit.
 
-    Without it the compiler chooses, for every product, whether weights or activations travel. With it batches stay as
-    they are split, and each weight is gathered once: that is less for a deep convnet, and more for wide dense layers
-    with few images; docs/scaling.md has figures.
+    Without it, the compiler chooses for every product whether weights or activations are communicated. With it, batches
+    stay split, and each weight is gathered once. That is less communication for a deep convnet, and more for wide dense
+    layers with few images.
+
+    Args:
+      mesh: made by `mesh`.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)).
     """
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def on_whole_weights(params, *rest):
+    def on_whole_weights(params: Tree, *rest: Any) -> Any:
         return loss_fn(jax.lax.with_sharding_constraint(params, whole), *rest)
 
     return on_whole_weights
@@ -148,32 +177,40 @@ def pmap_step(
     learns: Learns,
     devices: int | None = None,
     donate: bool = False,
+    product: ProductFn | None = None,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step of `make_train_step`, compiled by `jax.pmap`: step(state, batch) -> (state, metrics).
+    """Returns the train step compiled by `jax.pmap`: step(state, batch) -> (state, metrics).
 
-    States go in as `init_state` makes them and come out whole on every device (in several processes, on this one's).
-    The batch goes in as on one device (in several processes, this one's share) and is split in equal parts. Every
-    device draws the same masks and its own dropout; gradients, metrics and model state are averaged over the devices.
-    What follows from that:
-      - A loss that is a plain mean is that of the whole batch. A weighted mean is not where the weights of the parts
-        differ in sum, as those of a padded last batch do: take `weighted_mean(..., axis_name=parallel.AXIS)`.
+    States go in as `init_state` makes them, and come out whole on every device (of this process). The batch goes in as
+    on one device (in several processes, this one's share) and is split into equal parts. Every device draws the same
+    masks and its own dropout; gradients, metrics and model state are averaged over the devices. Therefore:
+      - A loss that is a plain mean equals that of the whole batch. A weighted mean does not where the weights of the
+      parts
+        differ in sum, as those of a padded last batch do; use `weighted_mean(..., axis_name=parallel.AXIS)`.
       - Metrics that are sums, such as the number of correct answers, come out divided by the number of devices.
-      - Batch statistics are of the whole batch if the model takes them so: `flax.linen.BatchNorm(axis_name=AXIS)`.
-        Without it each device normalises by its part, and running variances miss what lies between the parts.
+      - Batch statistics are of the whole batch if the model computes them so: `flax.linen.BatchNorm(axis_name=AXIS)`.
+        Without it, each device normalises by its part, and running variances miss the variance between the parts.
 
     Args:
-      mask_fn, loss_fn, tx, learns: as in `make_train_step`.
-      devices: how many, as in `mesh`.
+      mask_fn: mask_fn(scores, key) -> masks, exactly 0 or 1.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)); its key is for dropout.
+      tx: optax transformation; the state must come from `init_state` with an equal one.
+      learns: which tree of the `Subnet` the optimizer updates.
+      devices: how many, the first ones; None means all devices of all processes.
       donate: whether a state that goes in may be overwritten.
+      product: product(subnet, key) -> the params that `loss_fn` is given, where that is not weights * masks. None means
+        `subnetwork(mask_fn, subnet, key)`.
 
     Raises:
-      ValueError: as `make_train_step` and `mesh`; at a call, the (process's) devices do not divide the batch.
+      ValueError: here, `learns` is unknown, learns="scores" with `identity`, or a wrong number of devices; at a call,
+        the number of devices (of this process) does not divide the batch, the learning tree has no leaves, or the
+        optimizer state does not fit it.
     """
     chosen = _devices(devices)
     own = [device for device in chosen if device.process_index == jax.process_index()]
     everywhere = NamedSharding(Mesh(own, (AXIS,)), PartitionSpec())
     step = jax.pmap(
-        make_train_step(mask_fn, loss_fn, tx, learns=learns, axis_name=AXIS),
+        make_train_step(mask_fn, loss_fn, tx, learns=learns, axis_name=AXIS, product=product),
         AXIS,
         in_axes=(None, 0),
         out_axes=None,
@@ -181,7 +218,7 @@ def pmap_step(
         donate_argnums=(0,) if donate else (),
     )
 
-    def split(leaf):
+    def split(leaf: jax.Array) -> jax.Array:
         return leaf.reshape(len(own), leaf.shape[0] // len(own), *leaf.shape[1:])
 
     def step_on_parts(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -193,12 +230,16 @@ def pmap_step(
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """sum(values * weights) / sum(weights) over the batch, for a `loss_fn`; examples of weight 0 do not count.
+    """Returns sum(values * weights) / sum(weights) over the batch, for a `loss_fn`; examples of weight 0 do not count.
 
     Args:
-      values, weights: [n], or of any one shape.
-      axis_name: None under jit. Under pmap, its axis: then the sum of weights is the devices' mean, so that the mean
-        of the results, and of their gradients, is that of the whole batch however the weights are spread.
+      values: [n], or any one shape.
+      weights: of the same shape.
+      axis_name: None under jit. Under pmap, its axis: the sum of weights is then the devices' mean, so that the mean of
+        the results, and of their gradients, is that of the whole batch however the weights are distributed.
+
+    Returns:
+      A scalar.
     """
     total = jnp.sum(weights)
     if axis_name is not None:
@@ -238,7 +279,7 @@ def _place(mesh: Mesh, tree: Tree, shardings: Tree) -> Tree:
 
 
 @functools.lru_cache(maxsize=64)
-def _copier(structure, shardings: tuple) -> Callable[[Tree], Tree]:
+def _copier(structure: Any, shardings: tuple[NamedSharding, ...]) -> Callable[[Tree], Tree]:
     return jax.jit(lambda tree: tree, out_shardings=jax.tree.unflatten(structure, shardings))
 
 

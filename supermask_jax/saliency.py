@@ -1,39 +1,61 @@
 """Scores that say which weights to keep: higher = kept. The selection makes masks of them.
 
-At initialisation, `snip` and `grasp` look at the loss, `synflow` at the weights alone; `iterative` makes masks of such
-scores in rounds. The mask criteria of Zhou et al. 2019 compare a layer's `initial` weights with its `final` ones.
+`snip` and `grasp` look at the loss, `synflow` and `magnitude` at the weights only. `prune_in_rounds` makes masks of
+such scores, in one round or in many.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from supermask_jax import trees
-from supermask_jax.rounds import check_ranking, iterative, known
-from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, leaf_key, map_with_name, prunable
+from supermask_jax.criteria import CRITERIA, RANKED, criterion  # public here too, where they were before
+from supermask_jax.densities import exact, keep_count
+from supermask_jax.selection import keep_highest, keep_highest_of_all
+from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, map_with_name, ones_and_sizes, prunable
 
-__all__ = ["CRITERIA", "RANKED", "criterion", "grasp", "iterative", "magnitude", "snip", "synflow"]
+__all__ = [
+    "CRITERIA",
+    "RANKED",
+    "criterion",
+    "grasp",
+    "iterative",
+    "magnitude",
+    "prune_in_rounds",
+    "snip",
+    "synflow",
+]
+
+Loss = Callable[[Tree, Tree, Tree, Any], tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]]
+"""loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), that of the training; key may be None."""
+Kernels = dict[str, jax.Array]
 
 
 def magnitude(weights: Tree, where: Where = is_kernel) -> Tree:
-    """Scores abs(weight) at the prunable leaves, None elsewhere.
+    """Returns abs(weight) as scores, for magnitude pruning; higher = kept.
 
     Args:
       weights: tree of arrays.
       where: (path, leaf) -> whether the leaf is prunable.
 
+    Returns:
+      A tree like `weights`, None at leaves that are not prunable.
+
     Raises:
       ValueError: `where` chooses no leaf.
 
-    Source: Han et al. 2015; Frankle & Carbin 2019, section 2. For one-shot and iterative pruning see `lottery`.
+    Source: Han et al. 2015; Frankle & Carbin 2019, section 2. For iterative magnitude pruning see `lottery`.
     """
     shapes = prunable(weights, where)
     return map_with_name(lambda path, leaf: jnp.abs(leaf) if path in shapes else None, weights)
 
 
 def snip(
-    loss_fn: Callable,
+    loss_fn: Loss,
     weights: Tree,
     batch: Tree,
     *,
@@ -42,17 +64,21 @@ def snip(
     key: jax.Array | None = None,
     where: Where = is_kernel,
 ) -> Tree:
-    """Scores abs(dL/dm) = abs(w * dL/d(w * m)) at mask m = 1: to first order, what pruning a weight does to the loss.
+    """Returns abs(dL/dm) at mask m = 1 as scores: to first order, how much pruning a weight changes the loss.
 
-    Not normalised: the published division by their sum ranks the same. The published code also draws the weights anew
-    before it scores them; here those given are scored. Works under `jax.jit`, and is fast there.
+    That is abs(w * dL/d(w * m)). The published scores are divided by their sum, which ranks the same. Compile it with
+    `jit` for speed:
+
+        score = sm.jit(lambda weights, batch: saliency.snip(loss_fn, weights, batch))
 
     Args:
-      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), as for training.
-      weights: every parameter, at its initial value.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), that of the training.
+      weights: every parameter of the network, at its initial value.
       batch: one batch, large enough to show every class.
-      masks: score the subnetwork weights * masks, and 0 what they prune; None: the dense network.
-      model_state, key: what `loss_fn` is to be given.
+      masks: 0 or 1, None at leaves that are not pruned: scores the subnetwork weights * masks, and 0 what they prune.
+        None means the dense network.
+      model_state: batch statistics and the like, that `loss_fn` is given.
+      key: for dropout, that `loss_fn` is given.
       where: (path, leaf) -> whether the leaf is prunable.
 
     Returns:
@@ -60,9 +86,10 @@ def snip(
 
     Raises:
       ValueError: `where` chooses no leaf, or `masks` are not 0/1 or do not fit the leaves that it chooses.
-      TypeError: it chooses a leaf that is not of floats.
+      TypeError: `where` chooses a leaf that is not of floats.
 
-    Source: Lee et al. 2019, section 4.1.
+    Source: Lee et al. 2019, section 4.1. The released code draws the weights anew before it scores them; here the given
+    ones are scored.
     """
     kernels, params = _network(weights, masks, where)
     slopes, _ = jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)
@@ -70,7 +97,7 @@ def snip(
 
 
 def grasp(
-    loss_fn: Callable,
+    loss_fn: Loss,
     weights: Tree,
     batches: Iterable[Tree],
     *,
@@ -79,19 +106,33 @@ def grasp(
     key: jax.Array | None = None,
     where: Where = is_kernel,
 ) -> Tree:
-    """Scores w * Hg: to first order, what half the squared norm of the gradient loses when a weight is pruned.
+    """Returns w * Hg as scores: to first order, how much pruning a weight lowers half the squared norm of the gradient.
 
-    g and H are the gradient and the Hessian in the prunable weights of the sum of all batches' losses. Each batch is
-    seen twice, and no Hessian is made. The published score is -w * Hg, divided by the size of its sum, and its highest
-    are removed: the same ranking. Its loss divides the logits by a temperature of 200: that belongs in `loss_fn`; and
-    its two batches are ten images of each class in one half of the classes, and in the other.
+    g and H are the gradient and the Hessian, by the prunable weights, of the sum of all batches' losses. Each batch is
+    passed through twice, and no Hessian is stored. Compile it with `jit` for speed.
 
     Args:
-      batches: a list of batches; each is scored with the same `model_state` and `key`.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)). The published loss divides
+        the logits by a temperature of 200; to do the same, give a `loss_fn` that does it.
+      weights: every parameter of the network, at its initial value.
+      batches: a list of batches; each is scored with the same `model_state` and `key`. The published ones are two: ten
+        images of each class in one half of the classes, and ten of each in the other.
+      masks: 0 or 1, None at leaves that are not pruned: scores the subnetwork weights * masks, and 0 what they prune.
+        None means the dense network.
+      model_state: batch statistics and the like, that `loss_fn` is given.
+      key: for dropout, that `loss_fn` is given.
+      where: (path, leaf) -> whether the leaf is prunable.
 
-    Everything else is as in `snip`; ValueError also for no batch, or for a mapping, which is a single one.
+    Returns:
+      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
 
-    Source: Wang et al. 2020, section 4, algorithms 1 and 2.
+    Raises:
+      ValueError: there is no batch, or a mapping in place of a list; `where` chooses no leaf; `masks` are not 0/1 or do
+        not fit the leaves that it chooses.
+      TypeError: `where` chooses a leaf that is not of floats.
+
+    Source: Wang et al. 2020, section 4, algorithms 1 and 2. The published score is -w * Hg divided by its sum's size,
+    and its highest are removed: the same ranking.
     """
     if isinstance(batches, Mapping):
         raise ValueError("batches must be a list of batches; put a single one in a list")
@@ -100,10 +141,10 @@ def grasp(
         raise ValueError("there is no batch to score the weights on")
     kernels, params = _network(weights, masks, where)
 
-    def gradient(kernels: dict, batch: Tree) -> dict:
+    def gradient(kernels: Kernels, batch: Tree) -> Kernels:
         return jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)[0]
 
-    def total(trees: list[dict]) -> dict:
+    def total(trees: list[Kernels]) -> Kernels:
         return jax.tree.map(lambda *leaves: sum(leaves), *trees)
 
     flow = total([gradient(kernels, batch) for batch in batches])
@@ -120,24 +161,35 @@ def synflow(
     model_state: Tree = None,
     where: Where = is_kernel,
 ) -> Tree:
-    """Scores abs(w) * dR/dabs(w): the flow through each weight. R is the sum of the outputs for an input of ones.
+    """Returns abs(w) * dR/dabs(w) as scores, where R is the sum of the outputs for an input of ones; it needs no data.
 
-    R is of the network with every floating number in `weights` and `model_state` replaced by its magnitude: no data
-    is needed. Made for `iterative`, with 100 rounds.
+    R is that of the network with every floating number in `weights` and `model_state` replaced by its magnitude. Prune
+    by it in 100 rounds, with `prune_in_rounds`.
 
-    Each kernel is divided by a constant, its mean inflow: the published product of all layers, in float64, overflows
-    float32 in deep networks. In a chain of layers with biases and running means of 0, as at initialisation, that
-    multiplies all scores by one positive number, and the ranking is the published one. Where paths of different
-    length meet (skip connections, biases) they weigh differently against each other, and the ranking is another.
+    Each kernel is first divided by a constant, its mean inflow. Without that, R is a product over all layers, which in
+    deep networks overflows float32; the released code computes in float64. In a chain of layers with biases and running
+    means of 0, as at initialisation, the constants multiply all scores by one positive number, and the ranking is the
+    published one. Where paths of different length meet (skip connections, biases), they weigh differently against each
+    other, and the ranking differs from the published one.
 
     Args:
       apply_fn: apply_fn(params, model_state, inputs) -> outputs, the logits, in evaluation mode: with the running
         statistics of BatchNorm, and no dropout.
-      weights: every parameter, at its initial value.
+      weights: every parameter of the network, at its initial value.
       input_shape: of one example, without the batch axis: (28, 28, 1). The input is ones [1, *input_shape].
+      masks: 0 or 1, None at leaves that are not pruned: scores the subnetwork weights * masks, and 0 what they prune.
+        None means the dense network.
+      model_state: batch statistics and the like, that `apply_fn` is given.
+      where: (path, leaf) -> whether the leaf is prunable.
 
-    Everything else is as in `snip`; ValueError also when every score is 0 because nothing flows from the inputs to
-    the outputs, or one is not finite (not under jit, where values are not known; `iterative` sees them).
+    Returns:
+      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
+
+    Raises:
+      ValueError: `where` chooses no leaf; `masks` are not 0/1 or do not fit the leaves that it chooses; a score is not
+        finite, or every score is 0 because the masks cut the outputs off from the inputs (under jit, where values are
+        not known, neither is checked; `prune_in_rounds` checks both).
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Tanaka et al. 2020, section 6 and its released code.
     """
@@ -148,11 +200,67 @@ def synflow(
     state = jax.tree.map(_absolute, model_state)
     slopes = jax.grad(lambda k: jnp.sum(apply_fn(params(k), state, ones)))(kernels)
     scores = {path: kernel * slopes[path] for path, kernel in kernels.items()}
-    check_ranking(scores, "no path from the inputs to the outputs is left")
+    _check_ranking(scores, "no path from the inputs to the outputs is left")
     return _like(weights, scores)
 
 
-def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[dict[str, jax.Array], Callable[[dict], Tree]]:
+def prune_in_rounds(score_fn: Callable[[Tree | None], Tree], density: float, rounds: int, minimum: int = 0) -> Tree:
+    """Returns masks after `rounds` rounds of scoring what is left and keeping the best of it, all layers ranked as one.
+
+    After round r the fraction density**(r / rounds) of all weights is left, after the last one exactly `density`, each
+    rounded up to whole weights; nothing pruned comes back. One round is one-shot pruning.
+
+    It is a loop on the host and not for jit; compile `score_fn`, which is compiled twice, for None and for masks:
+
+        score = sm.jit(lambda masks: saliency.synflow(apply_fn, weights, (28, 28, 1), masks=masks))
+        masks = saliency.prune_in_rounds(score, density=0.1, rounds=100)
+
+    Args:
+      score_fn: score_fn(masks) -> scores of weights * masks; masks are None in the first round.
+      density: fraction of all weights kept in the end, in [0, 1].
+      rounds: how often to score and prune, >= 1.
+      minimum: how many weights each layer keeps at least, its best; a smaller layer keeps all. The rest is the best of
+        all remaining weights.
+
+    Returns:
+      Masks, exactly 0 or 1, with the structure and dtypes of the scores. A warning names the layers that keep nothing.
+
+    Raises:
+      ValueError: density, rounds or minimum out of range; the density keeps fewer weights than `minimum` in each
+        layer; scores that are not finite, or all 0.
+
+    Source: Tanaka et al. 2020, algorithm 1, which is SynFlow with 100 rounds; with SNIP, de Jorge et al. 2020 and
+    Verdenius et al. 2020. The densities in between are rounded to twelve decimals, so that floating-point errors keep
+    no weight too many.
+    """
+    final, rounds = exact(density), _whole("rounds", rounds, 1)
+    minimum = _whole("minimum", minimum, 0)
+    masks = None
+    for number in range(1, rounds + 1):
+        scores = score_fn(masks)
+        _check_ranking(scores, f"nothing to choose by in round {number}")
+        if masks is None:
+            masks = jax.tree.map(jnp.ones_like, scores)  # already here, so that the next rounds compile nothing
+            sizes = {path: score.size for path, score in by_path(scores).items()}
+            least = {path: min(minimum, size) for path, size in sizes.items()}
+            last = keep_count(final, sum(sizes.values()))
+            if sum(least.values()) > last:
+                raise ValueError(f"density {density} keeps {last} weights: too few for {minimum} in every layer")
+        count = last
+        if number < rounds:  # and the decimals must not take it below the last
+            count = max(last, keep_count(round(float(final) ** (number / rounds), 12), sum(sizes.values())))
+        masks = _highest_with_least(scores, count, least, masks)
+    empty = [path for path, (ones, size) in ones_and_sizes(masks).items() if size and not ones]
+    if empty:
+        warnings.warn(f"pruned whole: {', '.join(empty)}; minimum=1 keeps a weight in every layer", stacklevel=2)
+    return masks
+
+
+iterative = prune_in_rounds
+"""The former name of `prune_in_rounds`, which stays."""
+
+
+def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[Kernels, Callable[[Kernels], Tree]]:
     """The prunable leaves, {path: weight}, and the function that puts such leaves under the masks into all parameters.
 
     A gradient through that function is 0 at what the masks prune.
@@ -166,10 +274,10 @@ def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[dict[str,
         for path, mask in trees.per_path(by_path(masks), kernels).items():
             if mask.shape != kernels[path].shape:
                 raise ValueError(f"the mask of {path!r} has shape {mask.shape}, its weights {kernels[path].shape}")
-        if known(masks):
+        if _known(masks):
             trees.ones_and_sizes(masks)  # raises on anything but 0 and 1
 
-    def params(kernels: dict[str, jax.Array]) -> Tree:
+    def params(kernels: Kernels) -> Tree:
         whole = map_with_name(lambda path, leaf: kernels.get(path, leaf), weights)
         return whole if masks is None else apply_masks(whole, masks)
 
@@ -196,109 +304,36 @@ def _unit_inflow(kernel: jax.Array) -> jax.Array:
     return kernel / jnp.where(mean > 0, mean, 1).astype(kernel.dtype)
 
 
-def _large_final(initial: jax.Array, final: jax.Array) -> jax.Array:
-    return jnp.abs(final)
+def _check_ranking(scores: Tree, why: str) -> None:
+    """Raises ValueError on scores that rank nothing: not all finite, or all 0 (for the reason `why`).
 
-
-def _large_init(initial: jax.Array, final: jax.Array) -> jax.Array:
-    return jnp.abs(initial)
-
-
-def _magnitude_increase(initial: jax.Array, final: jax.Array) -> jax.Array:
-    return jnp.abs(final) - jnp.abs(initial)
-
-
-def _movement(initial: jax.Array, final: jax.Array) -> jax.Array:
-    return jnp.abs(final - initial)
-
-
-def _negated(score: Callable) -> Callable:
-    return lambda initial, final: -score(initial, final)
-
-
-def _if_same_sign(score: Callable) -> Callable:
-    return lambda initial, final: jnp.where(jnp.sign(initial) == jnp.sign(final), score(initial, final), 0)
-
-
-def _if_diff_sign(score: Callable) -> Callable:
-    return lambda initial, final: jnp.where(jnp.sign(initial) != jnp.sign(final), score(initial, final), 0)
-
-
-CRITERIA: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "large_final": _large_final,
-    "small_final": _negated(_large_final),
-    "large_init": _large_init,
-    "small_init": _negated(_large_init),
-    "magnitude_increase": _magnitude_increase,
-    "movement": _movement,
-    "large_final_same_sign": _if_same_sign(_large_final),
-    "large_final_diff_sign": _if_diff_sign(_large_final),
-    "magnitude_increase_same_sign": _if_same_sign(_magnitude_increase),
-    "magnitude_increase_diff_sign": _if_diff_sign(_magnitude_increase),
-}
-"""{name: (initial, final) -> scores} of one layer's arrays, for the criteria that look at each weight alone."""
-
-RANKED: Mapping[str, tuple[str, str]] = {
-    "large_init_large_final": ("large_init", "large_final"),
-    "small_init_small_final": ("small_init", "small_final"),
-}
-"""{name: two criteria} whose score is the smaller of a weight's percentile ranks by the two."""
-
-
-def criterion(
-    name: str,
-    initial: Tree,
-    final: Tree,
-    *,
-    masks: Tree | None = None,
-    key: jax.Array | None = None,
-    where: Where = is_kernel,
-) -> Tree:
-    """Scores by one of the mask criteria of Zhou et al., None at leaves that are not prunable.
-
-    As in the released code, the criteria that ask for a sign score a weight of the other sign 0. For
-    magnitude_increase that is above every weight that has the right sign and shrank. A 0 has a sign of its own,
-    that of no other number. The released code breaks ties at random, selection here by flat index.
-
-    Args:
-      name: one of `CRITERIA` or `RANKED`, or "random".
-      initial: the weights that training started from.
-      final: the weights that it ended with; a tree like `initial`.
-      masks: what `RANKED` ranks among, in each layer: the weights that they keep; None means all. The scores of the
-        others mean nothing, so select `within` the same masks.
-      key: a `jax.random.key`, which "random" needs; a leaf's draw depends on it and the leaf's path alone.
-      where: (path, leaf) -> whether the leaf is prunable.
-
-    Raises:
-      ValueError: the name is unknown, or "random" has no key, or `where` chooses no leaf.
-
-    Source: Zhou et al. 2019, sections 2 and 5, and its released code (get_weight_init.py), where the two of `RANKED`
-    are a search for one percentile that both magnitudes exceed: the order is the same, and exact here.
+    Under jit values are not known, and nothing is raised.
     """
-    names = [*CRITERIA, *RANKED, "random"]
-    if name not in names:
-        raise ValueError(f"there is no mask criterion {name!r}; there are: {', '.join(names)}")
-    if name == "random" and key is None:
-        raise ValueError("the criterion 'random' needs a key")
-    shapes = prunable(initial, where)
-    kept = {} if masks is None else by_path(masks)
-
-    def score(path: str, before: jax.Array, after: jax.Array) -> jax.Array | None:
-        if path not in shapes:
-            return None
-        if name == "random":  # float32: in bfloat16 most would tie, and ties are not random
-            return jax.random.uniform(leaf_key(key, path), before.shape)
-        if name in CRITERIA:
-            return CRITERIA[name](before, after)
-        ranks = [_percentile_ranks(CRITERIA[part](before, after), kept.get(path)) for part in RANKED[name]]
-        return jnp.minimum(*ranks)
-
-    return map_with_name(score, initial, final)
+    if not _known(scores):
+        return
+    leaves = {path: np.asarray(score) for path, score in by_path(scores).items()}
+    for path, score in leaves.items():
+        if not np.all(np.isfinite(score)):
+            raise ValueError(f"the scores of {path!r} are not finite")
+    if not any(np.any(score) for score in leaves.values()):
+        raise ValueError(f"every score is 0: {why}")
 
 
-def _percentile_ranks(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """[scores.shape] float32 in [0, 1): the share of the kept scores that are lower. Equal scores share a rank."""
-    candidates = scores if mask is None else jnp.where(mask != 0, scores, jnp.inf)  # what is not kept sorts last
-    number = scores.size if mask is None else jnp.count_nonzero(mask)
-    lower = jnp.searchsorted(jnp.sort(candidates.ravel()), scores.ravel()).reshape(scores.shape)
-    return lower.astype(jnp.float32) / jnp.maximum(jnp.asarray(number, jnp.float32), 1)
+def _known(tree: Tree) -> bool:
+    """Whether the values of all leaves are known, as they are not under jit."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _highest_with_least(scores: Tree, count: int, least: Mapping[str, int], within: Tree) -> Tree:
+    """Masks of the `least[path]` highest scores of each leaf and, up to `count`, of the highest of all the others."""
+    if not any(least.values()):
+        return keep_highest_of_all(scores, count, within)
+    reserved = keep_highest(scores, least, within)
+    others = jax.tree.map(jnp.subtract, within, reserved)
+    return jax.tree.map(jnp.add, reserved, keep_highest_of_all(scores, count - sum(least.values()), others))
+
+
+def _whole(name: str, number: int, at_least: int) -> int:
+    if not isinstance(number, int | np.integer) or number < at_least:
+        raise ValueError(f"{name} must be a whole number >= {at_least}, got {number!r}")
+    return int(number)

@@ -1,10 +1,11 @@
 """Masks of the highest scores: of each layer, of all layers, n of every m, of whole units, and at random.
 
-The hard part, an exact threshold without a sort, is `threshold.highest`.
+`threshold.highest` computes the exact threshold without a sort.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,60 +18,98 @@ from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_w
 
 
 def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = None) -> Tree:
-    """Masks that keep the `counts[path]` highest scores of each leaf, any sign.
+    """Returns masks that keep the `counts[path]` highest scores of each leaf, of any sign.
 
-    Ties are broken by flat index, the lowest losing first: what a stable argsort gives, on every machine and
-    mesh. -0.0 ties with 0.0. Works under `jax.jit`, where the counts may be traced.
+    Ties are broken by flat index, the lowest losing first: what a stable argsort gives, on every machine and mesh.
+    -0.0 ties with 0.0. It works under jit, where the counts may be traced.
 
     Args:
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
       counts: {path: number kept}, naming every leaf of `scores`; each in [0, size of the leaf].
-      within: masks; only weights that they keep are chosen from.
+      within: masks; only weights that they keep are chosen from. None means all.
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
 
     Raises:
       ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match. Under
-        jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are taken as they are.
+        jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
-    counts = per_path(counts, leaves)
+    wanted = per_path(counts, leaves)
     for path, score in leaves.items():
-        _check(path, score, counts[path], allowed.get(path))
+        _check(path, score, wanted[path], allowed.get(path))
     keys = [order_key(score, allowed.get(path)) for path, score in leaves.items()]
-    masks = highest(keys, list(counts.values()), groups=tuple(range(len(keys))))
+    masks = highest(keys, list(wanted.values()), groups=tuple(range(len(keys))))
     return _as_tree(scores, dict(zip(leaves, masks, strict=True)))
 
 
 def layerwise_masks(scores: Tree, density: float | Mapping[str, float]) -> Tree:
-    """Masks that keep the highest scores of each leaf, `keep_count(density, size)` of them.
+    """Returns masks that keep the highest scores of each leaf, `keep_count(density, size)` of them.
 
-    `density` is one fraction in [0, 1] or {path: fraction}. Everything else as in `keep_highest`.
+    Ties are broken by flat index, the lowest losing first. -0.0 ties with 0.0.
+
+    Args:
+      scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
+      density: fraction kept, in [0, 1]: one for all leaves, or {path: fraction} naming every leaf of `scores`.
+
+    Returns:
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+
+    Raises:
+      ValueError: a density out of range, paths that do not match, or NaN scores (under jit values are not known: NaN
+        then ranks by its sign, beyond all numbers).
+      TypeError: scores that are not floats of at most 32 bits.
     """
     return keep_highest(scores, _counts(scores, density))
 
 
 def global_masks(scores: Tree, density: float, within: Tree | None = None) -> Tree:
-    """Masks that keep the `keep_count(density, total size)` highest scores of all leaves taken together.
+    """Returns masks that keep the `keep_count(density, total size)` highest scores of all leaves taken together.
 
-    `density` counts out of all weights, also of those that `within` (masks) leaves out of the choice. Everything else
-    as in `keep_highest_of_all`.
+    Ties are broken by flat index, the lowest losing first; the leaves count as one array, joined in the tree's order.
+
+    Args:
+      scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
+      density: fraction kept, in [0, 1], of all scores, also of those that `within` excludes.
+      within: masks; only weights that they keep are chosen from. None means all.
+
+    Returns:
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+
+    Raises:
+      ValueError: a density out of range, or above what `within` keeps; paths that do not match; NaN scores (under jit
+        values are not known: NaN then ranks by its sign, beyond all numbers).
+      TypeError: scores that are not floats of at most 32 bits.
     """
     total = sum(score.size for score in by_path(scores).values())
     return keep_highest_of_all(scores, keep_count(density, total), within)
 
 
 def keep_highest_of_all(scores: Tree, count: int, within: Tree | None = None) -> Tree:
-    """Masks that keep the `count` highest scores of all leaves taken together.
+    """Returns masks that keep the `count` highest scores of all leaves taken together.
 
-    Ties: the leaves count as one array, joined in the tree's order. Everything else as in `keep_highest`.
+    Ties are broken by flat index, the lowest losing first; the leaves count as one array, joined in the tree's order.
+    -0.0 ties with 0.0. It works under jit, where the count may be traced.
+
+    Args:
+      scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
+      count: how many are kept, in [0, number of scores to choose from].
+      within: masks; only weights that they keep are chosen from. None means all.
+
+    Returns:
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+
+    Raises:
+      ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match. Under
+        jit values are not known: NaN then ranks by its sign, beyond all numbers, and the count is not checked.
+      TypeError: scores that are not floats of at most 32 bits.
     """
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
-    room = 0
+    room: Any = 0  # an int, or traced
     for path, score in leaves.items():
         _check(path, score, 0, allowed.get(path))
         room += jnp.count_nonzero(allowed[path]) if path in allowed else score.size
@@ -82,19 +121,24 @@ def keep_highest_of_all(scores: Tree, count: int, within: Tree | None = None) ->
 
 
 def n_m_masks(scores: Tree, n: int, m: int, axis: int | Mapping[str, int]) -> Tree:
-    """Masks that keep the n highest of every m consecutive scores along `axis` of each leaf.
+    """Returns masks that keep the n highest of every m consecutive scores along `axis` of each leaf.
+
+    Ties are broken by position, the lowest losing first. -0.0 ties with 0.0.
 
     Args:
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
-      n, m: how many are kept of how many; 2 of 4 is what sparse tensor cores compute with.
-      axis: the axis along which m scores are consecutive, negative from the end; one, or {path: axis}. Hardware wants
-        the axis that is summed over: -2 of Flax's kernels.
+      n: how many of m scores are kept.
+      m: how many scores form a group. Sparse tensor cores compute with 2 of 4.
+      axis: the axis along which m scores are consecutive, negative from the end: one for all leaves, or {path: axis}.
+        Hardware needs the axis that is summed over, which in Flax's kernels is -2.
 
     Returns:
-      Masks, exactly 0 or 1, as in `keep_highest`; so are ties, and the scores that are refused.
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
 
     Raises:
-      ValueError: not 0 <= n <= m, or a leaf has no such axis, or one that m does not divide.
+      ValueError: not 0 <= n <= m, a leaf without that axis, an axis whose size m does not divide, paths that do not
+        match, or NaN scores (under jit values are not known: NaN then ranks by its sign, beyond all numbers).
+      TypeError: scores that are not floats of at most 32 bits.
 
     Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", section 3.
     """
@@ -119,14 +163,21 @@ def n_m_masks(scores: Tree, n: int, m: int, axis: int | Mapping[str, int]) -> Tr
 
 
 def unit_scores(scores: Tree, within: Tree | None = None) -> Tree:
-    """The mean score of each output unit's weights, for structured pruning: [..., out] -> [1, ..., 1, out], float32.
+    """Returns the mean score of each output unit's weights, for structured pruning: [..., out] -> [1, ..., 1, out].
 
     A unit is an entry of the last axis: of a Flax kernel, a dense layer's neuron or a convolution's output channel.
-    Masks of units spread over the kernel by broadcasting.
+    Masks of units broadcast over the kernel.
 
     Args:
       scores: tree of floats, None at leaves that are not prunable.
-      within: masks; the mean is over the weights that they keep, and 0 for a unit of which they keep none.
+      within: masks; the mean is over the weights that they keep, and 0 for a unit of which they keep none. None means
+        all.
+
+    Returns:
+      A tree like `scores`, of float32 [1, ..., 1, out].
+
+    Raises:
+      ValueError: paths of `within` that do not match.
     """
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
@@ -140,21 +191,31 @@ def unit_scores(scores: Tree, within: Tree | None = None) -> Tree:
 
 
 def unit_masks(masks: Tree) -> Tree:
-    """1 for each output unit of which any weight is kept, else 0: [..., out] -> [1, ..., 1, out]."""
+    """Returns 1 for each output unit of which a mask keeps any weight, else 0: [..., out] -> [1, ..., 1, out].
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable. A unit is an entry of the last axis.
+
+    Returns:
+      A tree like `masks`, in their dtypes.
+    """
     return jax.tree.map(lambda mask: jnp.max(mask, axis=tuple(range(mask.ndim - 1)), keepdims=True), masks)
 
 
 def random_masks(
     key: jax.Array, weights: Tree, densities: float | Mapping[str, float], where: Where = is_kernel
 ) -> Tree:
-    """Random masks with exactly `keep_count(density, size)` ones in each prunable leaf, None at the others.
+    """Returns random masks with exactly `keep_count(density, size)` ones in each prunable leaf, None at the others.
 
     Args:
-      key: a `jax.random.key`, not the one the weights were drawn with; a leaf's mask depends on the key, the leaf's
-        path, its shape and its density alone.
+      key: a `jax.random.key`, not the one the weights were drawn with. A leaf's mask depends only on the key, the
+        leaf's path, its shape and its density.
       weights: tree whose shapes and dtypes the masks take.
-      densities: fraction kept, in [0, 1]; one for all layers, or {path: fraction} naming each prunable leaf.
+      densities: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf.
       where: (path, leaf) -> whether the leaf is prunable.
+
+    Returns:
+      Masks, exactly 0 or 1, in the dtypes of the weights.
 
     Raises:
       ValueError: `where` chooses no leaf, a density is out of range, or the paths do not match.
@@ -164,25 +225,42 @@ def random_masks(
 
 
 def random_scores(key: jax.Array, weights: Tree, where: Where = is_kernel) -> Tree:
-    """float32 scores from U(0, 1) at the prunable leaves, None elsewhere; arguments as in `random_masks`.
+    """Returns float32 scores from U(0, 1) at the prunable leaves, None elsewhere.
 
-    float32 whatever the weights' dtype: in bfloat16 most would tie, and ties are not random.
+    They are float32 whatever the weights' dtype: in bfloat16 most would tie, and ties are broken by position, not at
+    random.
+
+    Args:
+      key: a `jax.random.key`; a leaf's draw depends only on the key, the leaf's path and its shape.
+      weights: tree whose shapes the scores take.
+      where: (path, leaf) -> whether the leaf is prunable.
+
+    Raises:
+      ValueError: `where` chooses no leaf.
     """
-    shapes = prunable(weights, where)
-    return map_with_name(
-        lambda path, leaf: jax.random.uniform(leaf_key(key, path), leaf.shape) if path in shapes else None, weights
-    )
+    drawn = _uniform(key, tuple(prunable(weights, where).items()))
+    return map_with_name(lambda path, leaf: drawn.get(path), weights)
+
+
+@partial(jax.jit, static_argnums=1)
+def _uniform(key: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, jax.Array]:
+    """{path: float32 from U(0, 1)} for pairs of path and shape, in one compilation instead of one for each shape."""
+    return {path: jax.random.uniform(leaf_key(key, path), shape) for path, shape in shapes}
 
 
 def top_k_mask(scores: jax.Array, density: float) -> jax.Array:
-    """Mask of one array's `keep_count(density, size)` highest scores, with the straight-through gradient.
+    """Returns the mask of one array's `keep_count(density, size)` highest scores, with the straight-through gradient.
 
     Args:
-      scores: floats of any shape and sign.
+      scores: floats of any shape and sign, of at most 32 bits.
       density: fraction kept, in [0, 1].
 
     Returns:
       [scores.shape] exactly 0 or 1, in the dtype of `scores`. The cotangent passes to `scores` unchanged.
+
+    Raises:
+      ValueError: a density out of range, or NaN scores (not under jit, where values are not known).
+      TypeError: scores that are not floats of at most 32 bits.
 
     Source: Ramanujan et al. 2020, section 3 (the estimator), there applied to abs(scores).
     """
@@ -191,9 +269,14 @@ def top_k_mask(scores: jax.Array, density: float) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def straight_through(scores: Tree, masks_of: Callable[[Tree], Tree]) -> Tree:
-    """`masks_of(scores)`, whose backward pass hands the masks' cotangent to the scores unchanged.
+    """Returns `masks_of(scores)`; its backward pass gives the masks' cotangent to the scores unchanged.
 
     A custom_vjp keeps the forward mask exact; m + s - stop_gradient(s) would round.
+
+    Args:
+      scores: tree of floats.
+      masks_of: scores -> masks of the same structure, shapes and dtypes.
+
     Source: Bengio et al. 2013; Ramanujan et al. 2020, equation 5.
     """
     return masks_of(scores)
@@ -214,7 +297,7 @@ def _as_tree(scores: Tree, masks: dict[str, jax.Array]) -> Tree:
     return map_with_name(lambda path, score: masks[path].astype(score.dtype), scores)
 
 
-def _check(path: str, score: jax.Array, count, allowed: jax.Array | None) -> None:
+def _check(path: str, score: jax.Array, count: Any, allowed: jax.Array | None) -> None:
     """Raises on what is wrong with a leaf; values are looked at only where they are concrete (not under jit)."""
     if not jnp.issubdtype(score.dtype, jnp.floating) or score.dtype.itemsize > 4:
         raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {score.dtype}")

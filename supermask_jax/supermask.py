@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from supermask_jax.densities import exact
 from supermask_jax.initializers import FanIn, flax_fan_in, symmetric_uniform
 from supermask_jax.selection import layerwise_masks, straight_through
-from supermask_jax.trees import Tree, Where, apply_masks, is_kernel, leaf_key, map_with_name, prunable
+from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, leaf_key, map_with_name, prunable
 
 Params = Tree
 Scores = Tree
@@ -28,29 +29,46 @@ class Subnet(NamedTuple):
     scores: Scores  # like weights, None at leaves that are not prunable; higher = kept
 
 
+ProductFn = Callable[[Subnet, Key | None], Params]
+"""Pure: what the model is given, by default weights * masks. key None asks for the deterministic product."""
+
+
 def subnetwork(mask_fn: MaskFn, subnet: Subnet, key: Key | None = None) -> Params:
-    """The parameters weights * masks, to be given to the model. Leaves that are not prunable pass as they are."""
+    """Returns the parameters weights * masks, which the model is given. Leaves that are not prunable pass unchanged.
+
+    Args:
+      mask_fn: mask_fn(scores, key) -> masks.
+      subnet: the weights and the scores.
+      key: a `jax.random.key` for masks that are drawn; None means the deterministic masks, for evaluation.
+
+    Returns:
+      A tree like `subnet.weights`, in their dtypes.
+    """
     return apply_masks(subnet.weights, mask_fn(subnet.scores, key))
 
 
 def identity(scores: Scores, key: Key | None = None) -> Masks:
-    """The mask function of fixed masks: the scores are the masks. With all scores None it is dense training."""
+    """Returns the scores themselves: the mask function of fixed masks. With all scores None it means dense training."""
     return scores
 
 
 def edge_popup(density: float | Mapping[str, float]) -> MaskFn:
-    """Mask function that keeps, in each layer, the `keep_count(density, size)` scores of largest magnitude.
+    """Returns the mask function that keeps the `keep_count(density, size)` scores of largest magnitude in each layer.
 
-    The gradient is straight-through: dL/ds = w * dL/d(w * m) * sign(s), for weights that are now pruned as well.
+    The gradient is straight-through: dL/ds = w * dL/d(w * m) * sign(s), also for weights that are pruned now.
 
     Args:
-      density: fraction kept, in [0, 1]; one for all layers, or {path: fraction} naming each prunable leaf.
+      density: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf.
+
+    Returns:
+      mask_fn(scores, key) -> masks, which ignores the key.
 
     Raises:
       ValueError: a density is out of range; when the masks are made, also a path that does not match, and NaN scores
         (not under jit, where values are not known: there NaN ranks highest).
 
-    Source: Ramanujan et al. 2020, section 3 and its released code (which ranks magnitudes; the paper, signed scores).
+    Source: Ramanujan et al. 2020, section 3. Like its released code, this ranks magnitudes; the paper ranks signed
+    scores.
     """
     for value in density.values() if isinstance(density, Mapping) else [density]:
         exact(value)  # raises here, not at the first step
@@ -73,18 +91,18 @@ def _magnitude_jvp(scores, tangents):
 
 
 def bernoulli() -> MaskFn:
-    """Mask function that keeps each weight with its own probability, sigmoid(score), drawn anew for each key.
+    """Returns the mask function that keeps each weight with probability sigmoid(score), drawn anew for each key.
 
     With a key, mask = u < sigmoid(score), u uniform in [0, 1) and drawn from the key and the leaf's path. With None,
-    mask = score > 0: the likelier value of each, and nothing where the scores are all 0 (`zero_scores`).
-    The gradient is straight-through to the probability, for weights that are now pruned as well:
+    mask = score > 0, the likelier value of each; that keeps nothing where the scores are all 0 (`zero_scores`).
+    The gradient is straight-through to the probability, also for weights that are pruned now:
     dL/ds = w * dL/d(w * m) * p * (1 - p), p = sigmoid(s). How many weights are kept is an outcome, not a setting.
 
     Raises:
       ValueError: when the masks are made, NaN scores (not under jit, where values are not known: there such a weight
         is pruned and its gradient is NaN).
 
-    Source: Zhou et al. 2019, section 5 and its released code (which draws the masks of an evaluation, too).
+    Source: Zhou et al. 2019, section 5, and its released code, which draws the masks of an evaluation, too.
     """
 
     def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
@@ -101,7 +119,7 @@ def bernoulli() -> MaskFn:
 
 @jax.custom_vjp
 def bernoulli_mask(score: jax.Array, uniform: jax.Array | None) -> jax.Array:
-    """One leaf's mask for given uniforms: 1 where uniform < sigmoid(score); with None, where score > 0.
+    """Returns one leaf's mask for given uniforms: 1 where uniform < sigmoid(score); with None, where score > 0.
 
     Args:
       score: [...] floats, the logits of being kept. The probability is computed in float32.
@@ -127,12 +145,15 @@ bernoulli_mask.defvjp(lambda score, uniform: (bernoulli_mask(score, uniform), sc
 
 
 def rescaled(mask_fn: MaskFn) -> MaskFn:
-    """Mask function that multiplies each layer's masks by size / ones, so that few weights weigh as much as all.
+    """Returns a mask function that multiplies each layer's masks by size / ones (dynamic weight rescaling).
 
-    Its product is not binary: densities, summaries and files use the `mask_fn` inside it. The gradient flows through
-    the factor, as in the released code. A layer that keeps nothing stays 0, where the released code divides by 0.
+    The result is not binary: count, compare and store the masks of `mask_fn` itself. The gradient flows through the
+    factor, as in the released code. A layer that keeps nothing stays 0; the released code divides by 0 there.
 
-    Source: Zhou et al. 2019, section 5 (dynamic weight rescaling).
+    Args:
+      mask_fn: mask_fn(scores, key) -> masks of 0 or 1.
+
+    Source: Zhou et al. 2019, section 5.
     """
 
     def scale(mask: jax.Array) -> jax.Array:
@@ -147,33 +168,45 @@ def rescaled(mask_fn: MaskFn) -> MaskFn:
 
 
 def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: FanIn = flax_fan_in) -> Scores:
-    """Scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
+    """Returns scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
 
     Args:
-      key: a `jax.random.key`, not the one the weights were drawn with: a leaf's draw depends on the key and the
-        leaf's path alone, and from one key a weight and its score would be drawn from the same bits.
+      key: a `jax.random.key`, not the one the weights were drawn with: a leaf's draw depends only on the key and the
+        leaf's path, so that one key would draw a weight and its score from the same bits.
       weights: tree whose shapes and dtypes the scores take.
       where: (path, leaf) -> whether the leaf is prunable.
       fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
 
     Raises:
       ValueError: `where` chooses no leaf.
-      TypeError: it chooses a leaf that is not of floats.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: the released code of Ramanujan et al. 2020 (kaiming_uniform with a = sqrt(5)).
     """
 
-    def draw(path: str, leaf: jax.Array) -> jax.Array:
-        bound = 1 / math.sqrt(fan_in(path, leaf.shape))
-        return symmetric_uniform(leaf_key(key, path), leaf.shape, bound).astype(leaf.dtype)
+    shapes = {path: jnp.shape(leaf) for path, leaf in by_path(_scores(lambda path, leaf: leaf, weights, where)).items()}
+    drawn = _symmetric(key, tuple((path, shape, 1 / math.sqrt(fan_in(path, shape))) for path, shape in shapes.items()))
+    return _scores(lambda path, leaf: drawn[path].astype(leaf.dtype), weights, where)
 
-    return _scores(draw, weights, where)
+
+@partial(jax.jit, static_argnums=1)
+def _symmetric(key: Key, leaves: tuple[tuple[str, tuple[int, ...], float], ...]) -> dict[str, jax.Array]:
+    """{path: float32 from U(-bound, bound)} for (path, shape, bound), in one compilation, not one for each shape."""
+    return {path: symmetric_uniform(leaf_key(key, path), shape, bound) for path, shape, bound in leaves}
 
 
 def zero_scores(weights: Params, where: Where = is_kernel) -> Scores:
-    """Scores of 0 at the prunable leaves, None elsewhere: for `bernoulli`, every weight is as likely kept as not.
+    """Returns scores of 0 at the prunable leaves, None elsewhere: for `bernoulli`, a probability of 1/2 each.
 
-    Arguments and errors as in `init_scores`. Source: the released code of Zhou et al. 2019.
+    Args:
+      weights: tree whose shapes and dtypes the scores take.
+      where: (path, leaf) -> whether the leaf is prunable.
+
+    Raises:
+      ValueError: `where` chooses no leaf.
+      TypeError: `where` chooses a leaf that is not of floats.
+
+    Source: the released code of Zhou et al. 2019.
     """
     return _scores(lambda path, leaf: jnp.zeros_like(leaf), weights, where)
 

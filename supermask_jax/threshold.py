@@ -1,17 +1,18 @@
-"""The threshold of the highest scores, exactly, without a sort: a search by counting.
+"""The exact threshold of the highest scores, without a sort, by counting.
 
-Scores become integer order keys (`order_key`). A threshold t is sought with exactly `count` keys >= t. Each pass
-compares every key with one probe per group and needs a sum of counts and nothing else, so all layers advance in
-lockstep and scores that are sharded over devices stay so; the result does not depend on their layout.
-Probes come from a small sample (all that a mesh ever gathers), then from interpolating the counts (fast on any smooth
-distribution), with a bisection whenever that stalls (so the number of passes is bounded whatever the scores are).
-Probes only steer: what ends the search is the exact count. Where equal scores straddle the cut, a second search of the
-same kind runs over their flat indices.
+Scores become integer order keys (`order_key`). The search is for a threshold t with exactly `count` keys >= t. Each
+pass compares every key with one probe per group and needs only a sum of counts. All layers therefore share a pass,
+scores that are sharded over devices stay so, and the result does not depend on their layout.
+
+Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts, which is
+fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of passes is bounded for
+any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, a
+second search of the same kind runs over their flat indices.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
 
 # Compiled, so that a call outside jit costs one compilation per set of shapes and not one per call.
 @partial(jax.jit, static_argnames="groups", inline=True)
-def highest(keys: list[jax.Array], counts: list, groups: tuple[int, ...]) -> list[jax.Array]:
+def highest(keys: list[jax.Array], counts: list[Any], groups: tuple[int, ...]) -> list[jax.Array]:
     """Boolean masks of the counts[g] highest keys among the arrays whose group is g; ties by flat index."""
     full = [(key, g) for key, g in zip(keys, groups, strict=True) if key.size]
     if not full:
@@ -41,23 +42,23 @@ def highest(keys: list[jax.Array], counts: list, groups: tuple[int, ...]) -> lis
     present = sorted({g for _, g in full})
     member = [present.index(g) for _, g in full]
     wanted = jnp.stack([jnp.asarray(counts[g], jnp.int32) for g in present])
-    found = _search(arrays, member, wanted)
-    straddles = (found.at_low > wanted) & (wanted > 0)
+    bracket = _search(arrays, member, wanted)
+    straddles = (bracket.at_low > wanted) & (wanted > 0)
 
     def cut(_):
-        return [(key >= found.low[g]) & (wanted[g] > 0) for key, g in zip(arrays, member, strict=True)]
+        return [(key >= bracket.low[g]) & (wanted[g] > 0) for key, g in zip(arrays, member, strict=True)]
 
     def cut_ties(_):
         tied = [
-            jnp.where(key == found.low[g], index, -1)
+            jnp.where(key == bracket.low[g], index, -1)
             for key, g, index in zip(arrays, member, _flat_indices(arrays, member), strict=True)
         ]
         sizes = jnp.array(_sizes(arrays, member), jnp.int32)
         # A group whose cut is clean asks for all its indices, which ends its search before it begins.
-        lowest = jnp.where(straddles, wanted - found.at_high, sizes)
+        lowest = jnp.where(straddles, wanted - bracket.at_high, sizes)
         first = _search(tied, member, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
         return [
-            ((key > found.low[g]) | ((key == found.low[g]) & (index >= first[g]))) & (wanted[g] > 0)
+            ((key > bracket.low[g]) | ((key == bracket.low[g]) & (index >= first[g]))) & (wanted[g] > 0)
             for key, g, index in zip(arrays, member, tied, strict=True)
         ]
 
@@ -79,7 +80,9 @@ class _Bracket(NamedTuple):
 HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
 
 
-def _search(keys, member, wanted, ends=None) -> _Bracket:
+def _search(
+    keys: list[jax.Array], member: list[int], wanted: jax.Array, ends: tuple[jax.Array, jax.Array] | None = None
+) -> _Bracket:
     """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
 
     keys: int32 arrays; member[i]: the group of keys[i]; wanted: int32 [groups], each in [1, keys of the group]
@@ -94,7 +97,7 @@ def _search(keys, member, wanted, ends=None) -> _Bracket:
 
     def step(b):
         probe = _probe(b, wanted, sample)
-        counts = [0] * len(sizes)
+        counts: list[Any] = [0] * len(sizes)
         for key, g in zip(keys, member, strict=True):
             counts[g] += _count(key, probe[g])
         at = jnp.stack(counts)
@@ -154,7 +157,9 @@ def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sam
 
     Where the sample is the whole group, both are the threshold itself.
     """
-    rows, lows, highs = [], [], []
+    rows: list[jax.Array] = []
+    lows: list[jax.Array] = []
+    highs: list[jax.Array] = []
     for group, size in enumerate(_sizes(keys, member)):
         parts = [_slice(key, SAMPLE / size).ravel() for key, g in zip(keys, member, strict=True) if g == group]
         row = jnp.sort(jnp.concatenate(parts))  # sorting also leaves it whole on every device of a mesh

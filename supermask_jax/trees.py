@@ -6,7 +6,7 @@ Masks and scores have the structure of `weights`, with None at leaves that are n
 
 import difflib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,19 +15,20 @@ import numpy as np
 
 Tree = Any
 Where = Callable[[str, jax.Array], bool]
+"""where(path, leaf) -> whether the leaf is prunable."""
 
 NOT_KERNELS = ("bias", "b", "scale", "embedding")
 
 
-def path_name(path: tuple) -> str:
-    """A leaf's keys joined by "/": "Conv_0/kernel". A trailing `value` (of an NNX variable) is dropped."""
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a leaf's keys joined by "/": "Conv_0/kernel". A trailing `value` (of an NNX variable) is dropped."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
-    """{path: leaf} of every leaf that is not None, in the tree's own order.
+    """Returns {path: leaf} of every leaf that is not None, in the tree's own order.
 
     Raises:
       ValueError: two leaves have the same path, as those of {"a/b": x, "a": {"b": y}} do.
@@ -40,24 +41,29 @@ def by_path(tree: Tree) -> dict[str, Any]:
     return leaves
 
 
-def map_with_name(f: Callable, tree: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` whose function also gets the leaf's path name first."""
+def map_with_name(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Returns `jax.tree.map` of a function that also gets the leaf's path name first: f(path, leaf, *other leaves)."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: f(path_name(path), *leaves), tree, *rest)
 
 
 def is_kernel(path: str, leaf: jax.Array) -> bool:
-    """Whether a leaf is prunable by default: two or more axes, last name not bias, b, scale, embedding.
+    """Returns whether a leaf is prunable by default: it has two or more axes, and its name is not one of `NOT_KERNELS`.
 
-    Names are Flax's; an Equinox `Embedding` calls its table `weight`: leave it out with a predicate of your own.
+    The names are Flax's: bias, b, scale, embedding. An Equinox `Embedding` calls its table `weight`; exclude it with a
+    predicate of your own.
+
+    Args:
+      path: the leaf's keys joined by "/": "Conv_0/kernel". Its name is the last of them.
+      leaf: the array, or its shape.
     """
     return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] not in NOT_KERNELS
 
 
 def prunable(weights: Tree, where: Where = is_kernel) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the leaves that `where(path, leaf)` chooses.
+    """Returns {path: shape} of the leaves that `where(path, leaf)` chooses.
 
     Raises:
-      ValueError: `where` chooses none; the message lists the paths that there are.
+      ValueError: `where` chooses no leaf; the message lists the paths that there are.
     """
     leaves = by_path(weights)
     chosen = {path: jnp.shape(leaf) for path, leaf in leaves.items() if where(path, leaf)}
@@ -66,8 +72,8 @@ def prunable(weights: Tree, where: Where = is_kernel) -> dict[str, tuple[int, ..
     return chosen
 
 
-def per_path(value: float | Mapping[str, float], paths) -> dict[str, float]:
-    """One value for each path, from a single number or from a mapping that names every path.
+def per_path(value: Any, paths: Iterable[str]) -> dict[str, Any]:
+    """Returns one value for each path, from a single value or from a mapping that names every path.
 
     Raises:
       ValueError: the mapping names a path that is not there, or leaves one out.
@@ -87,32 +93,49 @@ def per_path(value: float | Mapping[str, float], paths) -> dict[str, float]:
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """The key of one leaf: a function of `key` and the path alone, so that adding a layer changes no other's."""
+    """Returns the key of one leaf: a function of only `key` and the path, so that a new layer changes no other key."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
 
 
 def apply_masks(weights: Tree, masks: Tree) -> Tree:
-    """weights * masks in the weights' dtypes; leaves whose mask is None as they are."""
+    """Returns weights * masks in the weights' dtypes; leaves whose mask is None pass unchanged."""
     return jax.tree.map(lambda w, m: w if m is None else w * m.astype(w.dtype), weights, masks)
 
 
 def layer_densities(masks: Tree) -> dict[str, float]:
-    """{path: fraction of ones} of every mask.
+    """Returns {path: fraction of ones} of every mask.
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable. Not for jit.
 
     Raises:
-      ValueError: a mask holds anything but 0 and 1 (the path is named), or there is no mask at all.
+      ValueError: a mask has values other than 0 and 1 (the message names its path), or there is no mask at all.
     """
     return {path: float(ones / max(size, 1)) for path, (ones, size) in ones_and_sizes(masks).items()}
 
 
 def density(masks: Tree) -> float:
-    """Fraction of ones over all masks together; errors as in `layer_densities`."""
+    """Returns the fraction of ones over all masks together.
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable. Not for jit.
+
+    Raises:
+      ValueError: a mask has values other than 0 and 1 (the message names its path), or there is no mask at all.
+    """
     counts = ones_and_sizes(masks).values()
     return sum(ones for ones, _ in counts) / max(sum(size for _, size in counts), 1)
 
 
 def ones_and_sizes(masks: Tree) -> dict[str, tuple[int, int]]:
-    """{path: (number of ones, size)} of every mask; errors as in `layer_densities`."""
+    """Returns {path: (number of ones, size)} of every mask.
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable. Not for jit.
+
+    Raises:
+      ValueError: a mask has values other than 0 and 1 (the message names its path), or there is no mask at all.
+    """
     leaves = by_path(masks)
     if not leaves:
         raise ValueError("there is no mask: every leaf of the tree is None")

@@ -1,16 +1,25 @@
-"""Networks to look for subnetworks in."""
+"""Networks to find subnetworks in, as Flax Linen modules. `zoo` has them by name."""
 
+from supermask_jax.models import zoo
+from supermask_jax.models.cifar_resnet import CifarResNet, ResNet20, ResNet32, ResNet44, ResNet56, ResNet110
 from supermask_jax.models.mnist import MLP, ConvNet, LeNet300100, MnistConvNet, max_pool
 from supermask_jax.models.resnet import ResNet, ResNet18, ResNet50, WideResNet50
 
 __all__ = [
     "MLP",
+    "CifarResNet",
     "ConvNet",
     "LeNet300100",
     "MnistConvNet",
     "ResNet",
     "ResNet18",
+    "ResNet20",
+    "ResNet32",
+    "ResNet44",
     "ResNet50",
+    "ResNet56",
+    "ResNet110",
     "WideResNet50",
     "max_pool",
+    "zoo",
 ]

@@ -1,4 +1,4 @@
-"""Networks for pictures of MNIST's size: the two of the literature, and two whose width and depth are settings."""
+"""Networks for images of MNIST's size: two from the literature, and two whose width and depth are fields."""
 
 import flax.linen as nn
 import jax
@@ -6,10 +6,17 @@ import jax.numpy as jnp
 
 
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Non-overlapping max-pooling of [n, h, w, c]; rows and columns that fill no window are dropped.
+    """Returns the maxima of non-overlapping windows; rows and columns that fill no window are dropped.
 
-    By reshape, not `reduce_window`, whose gradient is several times slower on a CPU. Where inputs tie for the
-    maximum, the first of them gets the gradient, as in PyTorch and `flax.linen.max_pool`.
+    It reshapes, because the gradient of `reduce_window` is several times slower on a CPU. Where inputs tie for the
+    maximum, the first of them gets the gradient, which PyTorch and `flax.linen.max_pool` do too.
+
+    Args:
+      x: [n, h, w, c].
+      window: height and width of a window, in pixels.
+
+    Returns:
+      [n, h // window, w // window, c].
     """
     n, h, w, c = x.shape
     h, w = h // window, w // window
@@ -35,7 +42,11 @@ def _max_of_windows_jvp(primals, tangents):
 class MLP(nn.Module):
     """Dense layers with ReLU between them; [n, ...] -> [n, classes] logits.
 
-    `hidden` holds the widths of the hidden layers, `dropout` the rate after each of them.
+    Fields:
+      classes: the number of logits.
+      use_bias: whether the layers have biases.
+      dropout: the rate of dropout after each hidden layer, in training.
+      hidden: the widths of the hidden layers.
     """
 
     classes: int = 10
@@ -55,18 +66,23 @@ class MLP(nn.Module):
 class LeNet300100(MLP):
     """LeNet-300-100: dense 300, ReLU, dense 100, ReLU, dense `classes`; [n, ...] -> [n, classes] logits.
 
-    `hidden` is a setting for what is left after whole neurons are pruned. Source: LeCun et al. 1998; Frankle & Carbin
-    2019, figure 2.
+    `hidden` is a field for the smaller network that is left after whole neurons are pruned.
+
+    Source: LeCun et al. 1998; Frankle & Carbin 2019, figure 2.
     """
 
     hidden: tuple[int, ...] = (300, 100)
 
 
 class ConvNet(nn.Module):
-    """Convolutions 3x3 with ReLU, then one dense layer on 2 x 2 of what they see; [n, h, w, c] -> [n, classes] logits.
+    """Convolutions 3x3 with ReLU, then one dense layer on 2 x 2 pixels; [n, h, w, c] -> [n, classes] logits.
 
-    `channels` holds the width of each convolution (SAME). Max-pooling by 2 follows the first two, and at the end goes
-    down to 2 x 2. No biases. As in the networks for larger pictures, most weights are in convolutions.
+    Max-pooling by 2 follows the first two convolutions (SAME), and at the end the image is pooled to 2 x 2. There are
+    no biases. Most weights are in convolutions, like in networks for larger images.
+
+    Fields:
+      classes: the number of logits.
+      channels: the width of each convolution.
     """
 
     classes: int = 10
@@ -87,9 +103,14 @@ class MnistConvNet(nn.Module):
     conv 3x3x32, ReLU, conv 3x3x64, max-pool 2, channel dropout, flatten, dense 128, ReLU, dropout, dense `classes`;
     convolutions are VALID. As published, there is **no ReLU after the second convolution**.
 
-    `channel_dropout` drops whole feature maps; `dropout` acts on single units (the published code calls Dropout2d
-    there, which on a vector is ordinary dropout). The published rates are 0.25 and 0.5. `features` holds the widths of
-    the hidden layers, for what is left after whole channels and neurons are pruned.
+    Fields:
+      classes: the number of logits.
+      channel_dropout: the rate at which whole feature maps are dropped in training; published: 0.25.
+      dropout: the rate at which dense units are dropped in training; published: 0.5. The published code calls Dropout2d
+        there, which on a vector is ordinary dropout.
+      features: the widths of the hidden layers, for the smaller network that is left after channels and neurons are
+        pruned.
+
     Source: simple_mnist_example.py in the released code of Ramanujan et al. 2020.
     """
 

@@ -1,0 +1,123 @@
+"""The networks by name: each with the paths of its first and its last kernel, which layer densities treat apart."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from supermask_jax.models import resnet
+from supermask_jax.models.cifar_resnet import CifarResNet
+from supermask_jax.models.mnist import MLP, ConvNet, LeNet300100, MnistConvNet
+
+
+class Architecture(NamedTuple):
+    """A network and its two ends."""
+
+    module: nn.Module
+    first: str  # the path of the kernel that reads the input: "Conv_0/kernel"
+    last: str  # the path of the kernel that makes the logits
+
+
+def mnist_convnet(classes: int, *, dropout: bool = False) -> Architecture:
+    """The edge-popup tutorial's convnet for [n, 28, 28, 1] images, without biases.
+
+    Args:
+      classes: the number of logits.
+      dropout: whether to drop a quarter of the feature maps and half of the dense units in training, as published.
+
+    Source: simple_mnist_example.py in the released code of Ramanujan et al. 2020.
+    """
+    module = MnistConvNet(classes, channel_dropout=0.25, dropout=0.5) if dropout else MnistConvNet(classes)
+    return Architecture(module, "Conv_0/kernel", "Dense_1/kernel")
+
+
+def lenet_300_100(classes: int, *, biases: bool = False, dropout: bool = False) -> Architecture:
+    """LeNet-300-100: dense layers of 300, 100 and `classes` units.
+
+    Args:
+      classes: the number of logits.
+      biases: whether the layers have biases.
+      dropout: whether to drop half of the hidden units in training.
+
+    Source: LeCun et al. 1998; Frankle & Carbin 2019, figure 2.
+    """
+    module = LeNet300100(classes, use_bias=biases, dropout=0.5 if dropout else 0.0)
+    return Architecture(module, "Dense_0/kernel", "Dense_2/kernel")
+
+
+def mlp(classes: int, *, width: int = 100, depth: int = 2) -> Architecture:
+    """`depth` hidden dense layers of `width` units, and one of `classes` units, without biases.
+
+    Args:
+      classes: the number of logits.
+      width: units of each hidden layer.
+      depth: the number of hidden layers, >= 1.
+
+    Raises:
+      ValueError: width or depth below 1.
+    """
+    hidden = _sizes(width, depth)
+    return Architecture(MLP(classes, use_bias=False, hidden=hidden), "Dense_0/kernel", f"Dense_{depth}/kernel")
+
+
+def cnn(classes: int, *, width: int = 100, depth: int = 2) -> Architecture:
+    """`depth` convolutions 3x3 of `width` channels, and a dense layer of `classes` units, without biases.
+
+    Args:
+      classes: the number of logits.
+      width: channels of each convolution.
+      depth: the number of convolutions, >= 1.
+
+    Raises:
+      ValueError: width or depth below 1.
+    """
+    return Architecture(ConvNet(classes, channels=_sizes(width, depth)), "Conv_0/kernel", "Dense_0/kernel")
+
+
+def cifar_resnet(classes: int, *, depth: int = 20, affine: bool = False) -> Architecture:
+    """A ResNet for images of about 32 x 32, without biases.
+
+    Args:
+      classes: the number of logits.
+      depth: 6 n + 2 layers, for n blocks in each of three stages; 20, 32, 44, 56 and 110 are published.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Raises:
+      ValueError: when the network is initialised, the depth is not 6 n + 2.
+
+    Source: He et al. 2016, section 4.2.
+    """
+    return _resnet(CifarResNet(classes, depth=depth, affine=affine))
+
+
+def resnet_18(classes: int, *, affine: bool = False) -> Architecture:
+    """ResNet-18 for images of about 224 x 224, without biases.
+
+    Args:
+      classes: the number of logits.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Source: He et al. 2016, table 1.
+    """
+    return _resnet(resnet.ResNet18(classes, affine=affine))
+
+
+def resnet_50(classes: int, *, affine: bool = False) -> Architecture:
+    """ResNet-50 for images of about 224 x 224, without biases.
+
+    Args:
+      classes: the number of logits.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Source: He et al. 2016, table 1.
+    """
+    return _resnet(resnet.ResNet50(classes, affine=affine))
+
+
+def _resnet(module: nn.Module) -> Architecture:
+    return Architecture(module, "conv/kernel", "dense/kernel")
+
+
+def _sizes(width: int, depth: int) -> tuple[int, ...]:
+    if width < 1 or depth < 1:
+        raise ValueError(f"width and depth must be at least 1, got width = {width}, depth = {depth}")
+    return (width,) * depth
