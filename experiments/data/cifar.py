@@ -1,15 +1,17 @@
 """CIFAR-10 from the files of its binary version: a record is the label in one byte, then 32 x 32 bytes each of red,
 green and blue, by rows.
 
-It is never downloaded. Its Python version is pickles, and reading a pickle runs whatever code is in it, which of a
-download nobody should: it is not read.
+It is never downloaded. The Python version is not read: it is pickles, and reading a pickle can run any code.
 """
 
 import gzip
 import tarfile
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from experiments.data.source import Dataset, arrays_dataset
 from experiments.run.errors import DataError, brief
 from experiments.run.files import read_bytes
 
@@ -18,10 +20,19 @@ FILES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 FOLDER, ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
 
 
-def read(root):
-    """((train images, train labels, test images, test labels), where they come from), found in or below `root`.
+def cifar10(root: Path) -> Dataset:
+    """CIFAR-10: 50,000 training and 10,000 test photographs of 32 x 32, ten classes (Krizhevsky 2009).
 
-    uint8 [n, 32, 32, 3] (red, green, blue) and int32 [n] in 0..9. Raises DataError: they are not there, or damaged.
+    Its files are looked for in `root`/cifar10, `root`/cifar-10-batches-bin, `root`/cifar10/cifar-10-batches-bin and
+    `root`, in this order, and the archive in the same directories. Raises DataError if they are missing or damaged.
+    """
+    return arrays_dataset("cifar10", *read(root))
+
+
+def read(root: Path) -> tuple[tuple[np.ndarray, ...], str]:
+    """((train images, train labels, test images, test labels), where they came from); see `cifar10`.
+
+    Images are uint8 [n, 32, 32, 3] (red, green, blue), labels int32 [n] in 0..9.
     """
     own, archives = root / "cifar10", []
     for folder in (own, root / FOLDER, own / FOLDER, root):
@@ -41,14 +52,14 @@ def read(root):
     )
 
 
-def _joined(contents, source):
+def _joined(contents: Iterable[tuple[Path | str, bytes]], source: str) -> tuple[tuple[np.ndarray, ...], str]:
     """What `read` returns, of six (path, bytes) in the order of FILES."""
     images, labels = zip(*(read_file(*file, RECORDS) for file in contents), strict=True)
     splits = (np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
     # Each split has as many images of each class, and no single training file needs to. Since no MD5 of these files is
     # known for certain, this is what shows a wrong label, a file that is there twice, or files that changed places.
-    for files, held in ((FILES[:-1], splits[1]), (FILES[-1:], splits[3])):
-        if np.ptp(counts := np.bincount(held, minlength=10)):
+    for files, of_split in ((FILES[:-1], splits[1]), (FILES[-1:], splits[3])):
+        if np.ptp(counts := np.bincount(of_split, minlength=10)):
             raise DataError(
                 f"{', '.join(files)} ({source}) hold {counts.tolist()} images of the classes 0 to 9, where the "
                 f"official files hold as many of each: some are damaged, are there twice or changed places; fetch them "
@@ -57,7 +68,7 @@ def _joined(contents, source):
     return splits, source
 
 
-def read_file(path, content, records):
+def read_file(path: Path | str, content: bytes, records: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [records, 32, 32, 3], int32 labels [records]) from the `content` of the file `path`."""
     size, each, again = len(content), 1 + 3 * 32 * 32, "fetch or copy this file again"
     if size % each:
@@ -72,16 +83,16 @@ def read_file(path, content, records):
     return np.ascontiguousarray(images), table[:, 0].astype(np.int32)
 
 
-def _unpacked(path):
+def _unpacked(path: Path) -> list[tuple[Path, bytes]]:
     """[(path, bytes)] of the six files in the official archive, for `_joined`. Nothing is written to disk."""
     members = {f"{FOLDER}/{file}": path / FOLDER / file for file in FILES}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            found = {member.name: archive.extractfile(member).read() for member in archive if member.name in members}
+            unpacked = {member.name: archive.extractfile(member).read() for member in archive if member.name in members}
             while stream.read(2**20):  # gzip compares its checksum at the end, where tar does not go
                 pass
-    except Exception as error:  # tarfile raises all sorts of things on what is not as it should be
+    except Exception as error:  # tarfile raises exceptions of many types on damaged files
         raise DataError(f"cannot read {path} ({brief(error)}); fetch or copy this file again") from error
-    if missing := [member for member in members if member not in found]:
+    if missing := [member for member in members if member not in unpacked]:
         raise DataError(f"{path} lacks {', '.join(missing)}; fetch {ARCHIVE}, the binary version, again")
-    return [(member, found[name]) for name, member in members.items()]
+    return [(member, unpacked[name]) for name, member in members.items()]

@@ -1,0 +1,167 @@
+"""MNIST, Fashion-MNIST and KMNIST through tensorflow-datasets, without tensorflow: prepared, read and cached.
+
+The prepared directory is the one that stock tensorflow-datasets makes and reads. It is shuffled: the same images come
+in another order than from IDX files.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from experiments.data.idx import FILES, Split, Tables, read_split
+from experiments.run.errors import DataError, brief
+
+
+class Unavailable(DataError):
+    """The set is neither on disk nor can be downloaded: the one failure for which `auto` takes mnist-5k."""
+
+
+def stock_builders() -> dict[str, type]:
+    """{name: the class of its builder in tensorflow-datasets}; ImportError where that is not installed."""
+    from tensorflow_datasets.image_classification import mnist
+
+    return {"mnist": mnist.MNIST, "fashion_mnist": mnist.FashionMNIST, "kmnist": mnist.KMNIST}
+
+
+def registered_digests() -> Tables:
+    """{set: {official file name: SHA-256 of the official .gz download}}, as tensorflow-datasets registers them."""
+    return {
+        name: {Path(url).stem: info.checksum for url, info in stock.url_infos.items()}
+        for name, stock in stock_builders().items()
+    }
+
+
+def read(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str]:
+    """((train images, train labels, test images, test labels), where they came from) of the set `name`.
+
+    Prepares the set in `root` first if it is not there, from a download or from `root`/downloads/manual. The decoded
+    arrays are cached beside the prepared directory.
+
+    Raises:
+      Unavailable: the set is not in `root` and cannot be fetched.
+      DataError: what is there is damaged.
+    """
+    try:
+        import PIL.Image  # noqa: F401 - these two are needed later; it is better to report now that one is missing
+        import requests  # noqa: F401
+
+        stock = stock_builders()[name]
+    except ImportError as error:
+        raise _unavailable(name, root, f"{error}: pip install 'supermask-jax[experiments]'") from error
+    prepared = root / name / str(stock.VERSION)
+    info = prepared / "dataset_info.json"  # written last, before the finished directory is given this name
+    if not prepared.exists():
+        _prepare(name, root, stock.URL, info)
+    try:
+        described = info.read_bytes()
+        if json.loads(described).get("fileFormat") != "array_record":
+            raise _unavailable(name, root, f"what is in {prepared} can only be read with tensorflow")
+        cache = root / name / f"{name}-{stock.VERSION}.npz"
+        made_from = np.array(hashlib.sha256(described).hexdigest())
+        arrays = read_cache(cache, made_from)
+        if arrays is None:
+            prepared_set = builder(name, root)
+            arrays = _decode(prepared_set, "train") + _decode(prepared_set, "test")
+            write_cache(cache, made_from, arrays)
+    except Unavailable:
+        raise
+    except Exception as error:  # the readers raise exceptions of many types on damaged files
+        raise DataError(f"cannot read {prepared} ({brief(error)}); remove it and run again") from error
+    return arrays, f"tensorflow-datasets {name} {stock.VERSION} in {prepared}"
+
+
+def builder(title: str, root: Path):
+    """The stock builder of that name, but for unpacking, reading and encoding, which it does without tensorflow.
+
+    It makes the directory that the stock builder would make.
+    """
+    from PIL import Image
+
+    class Builder(stock_builders()[title], skip_registration=True):
+        name = title
+
+        def _split_generators(self, manager):
+            urls = [self.URL + file + ".gz" for file in FILES]
+            paths = manager.download({"train": urls[:2], "test": urls[2:]})
+            return {split: self._generate_examples(*pair) for split, pair in paths.items()}
+
+        def _generate_examples(self, images_path, labels_path):
+            (images, labels), _ = read_split(images_path, labels_path)
+            for index, label in enumerate(labels):
+                png = io.BytesIO()
+                Image.fromarray(images[index, ..., 0]).save(png, "png")
+                yield index, {"image": png.getvalue(), "label": int(label)}
+
+    return Builder(data_dir=root, file_format="array_record")
+
+
+def _prepare(name: str, root: Path, url: str, info: Path) -> None:
+    """Makes the prepared directory from a download, or from the files in downloads/manual."""
+    import requests
+    import tensorflow_datasets as tfds
+
+    manual = root / "downloads" / "manual"
+    by_hand = all((manual / f"{file}.gz").is_file() for file in FILES)
+    watched = sys.stderr.isatty()
+    tfds.display_progress_bar(watched)
+    try:
+        if not by_hand:  # without a network, tensorflow-datasets would go on trying for minutes
+            requests.head(f"{url}{FILES[0]}.gz", timeout=(3, 10), allow_redirects=True).raise_for_status()
+        with contextlib.redirect_stdout(sys.stdout if watched else io.StringIO()):
+            config = tfds.download.DownloadConfig(try_download_gcs=False)
+            builder(name, root).download_and_prepare(download_config=config)
+    except Exception as error:  # of requests, the checksums, the disk or our reader; tfds wraps some of them
+        if info.is_file():
+            return  # another process was faster
+        if not by_hand:
+            raise _unavailable(name, root, f"downloading {url} failed ({brief(error)})") from error
+        raise DataError(
+            f"cannot prepare {name} from {manual} ({brief(error)}). The files there must be the official "
+            f".gz downloads from {url}; any other copies of the four files belong in {root / name}"
+        ) from error
+
+
+def _unavailable(name: str, root: Path, why: str) -> Unavailable:
+    return Unavailable(
+        f"{name} is not in {root} and cannot be fetched: {why}. There are three ways out: put the four IDX "
+        f"files ({', '.join(FILES)}, .gz or not) in {root / name}; or put the official .gz downloads in "
+        f"{root / 'downloads' / 'manual'}; or say --dataset mnist-5k, which needs no download"
+    )
+
+
+def _decode(prepared, split: str) -> Split:
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    source = prepared.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    examples = source.__getitems__(range(len(source)))  # all at once: one by one takes several times as long
+    images = np.stack([np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples])
+    return images[..., None], np.array([example["label"] for example in examples], np.int32)
+
+
+def read_cache(path: Path, made_from: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    """The four arrays, or None if the cache is missing, damaged or made from something else."""
+    try:
+        with open(path, "rb") as stored, np.load(stored) as cache:
+            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
+            whole = cache.zip.testzip() is None and cache["fingerprint"] == made_from
+            return tuple(cache[file] for file in FILES) if whole else None
+    except Exception:  # damage raises exceptions of almost any type, and the cure is always to make the cache again
+        return None
+
+
+def write_cache(path: Path, made_from: np.ndarray, arrays: tuple[np.ndarray, ...]) -> None:
+    """Writes the four arrays, and what they were made from, whole or not at all."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+    with contextlib.suppress(OSError):  # a full or read-only disk costs time at each start, not the run
+        try:
+            np.savez(temporary, fingerprint=made_from, **dict(zip(FILES, arrays, strict=True)))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
