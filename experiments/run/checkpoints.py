@@ -62,7 +62,7 @@ class Checkpoints:
                 for old in self._steps()[KEPT:]:
                     self._remove(old)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk makes orbax raise any of these
-            if processes.has_lost_others(error):
+            if processes.is_shared_failure(error):
                 raise
             raise UserError(
                 f"cannot save the checkpoint at step {step} in {self._path} ({_reason(error)}). Those before it are "
@@ -82,7 +82,7 @@ class Checkpoints:
             fault = _fault(self._path / str(step)) if processes.is_first() else None
             if not processes.any_of(fault is not None):
                 for later, what in damaged.items() if processes.is_first() else ():
-                    warnings.warn(f"{what}: it is renamed, and the run goes on from step {step}", stacklevel=2)
+                    warnings.warn(f"{what}: it is renamed, and the run resumes from step {step}", stacklevel=2)
                     self._put_aside(later)
                 return step, self._load(step, like)
             damaged[step] = f"cannot read the checkpoint at step {step} ({fault})"
@@ -104,7 +104,7 @@ class Checkpoints:
             tree = ocp.load(self._path / str(step), abstract)
         except Exception as error:  # whatever the reader raises
             failed = error
-        if processes.any_of(failed is not None):  # or the others would go on, and wait for this process forever
+        if processes.any_of(failed is not None):  # or the others would continue, and wait for this process forever
             raise UserError(
                 f"the checkpoint at step {step} in {self._path} could not be read ({str(failed)[:200]}), although its "
                 "files are as they were written. Give the same command again; if that does not help, move it away, and "

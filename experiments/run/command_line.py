@@ -1,9 +1,6 @@
-"""From a frozen dataclass to a command: flags, presets, `--help`, one-paragraph errors. Imports nothing heavy."""
+"""From a main function to a process: exit statuses, one-paragraph errors, memory. Imports nothing heavy."""
 
-import argparse
 import ctypes
-import dataclasses
-import difflib
 import os
 import shlex
 import sys
@@ -13,22 +10,25 @@ import typing
 import warnings
 from collections.abc import Callable
 
-import tyro
-
 from experiments.run.errors import UserError
 from experiments.run.interrupt import Interrupted
 
 
-def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: str, args: list[str] | None = None):
-    """Parses flags into `config_type`, calls main(config) and exits on errors.
+def run(main: Callable, parse: Callable, prog: str, args: list[str] | None = None):
+    """Calls main(parse(prog, args)) and exits on errors.
 
-    `defaults(preset=..., method=...)` gives the fields that a preset sets; flags override them. The exit status is 0,
-    1 (the run failed, or another process that took part), 2 (bad flags or settings), 3 (asked to stop, and saved: what
-    is printed goes on with it) or 130 (interrupted where there was nothing to save).
+    The exit status is 0, 1 (the run failed, or another process that took part), 2 (bad flags or settings), 3 (stopped
+    by a signal, after saving: the message has the command that resumes) or 130 (interrupted with nothing to save).
+
+    Args:
+      main: takes the configuration.
+      parse: (prog, args) -> configuration; see `experiments.config.flags`.
+      prog: the command as the user types it, without flags.
+      args: the flags; those of this process, if None.
     """
     args = sys.argv[1:] if args is None else args
     try:
-        config = parse(config_type, defaults, prog, args)
+        config = parse(prog, args)
     except UserError as error:
         _complain(error, status=2)
     _keep_freed_memory()
@@ -36,7 +36,7 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
     try:
         main(config)
     except Interrupted as error:
-        print(f"{error} Go on with:\n{prog} {shlex.join(args)}".rstrip(), file=sys.stderr)
+        print(f"{error} Resume with:\n{_as_started(prog)} {shlex.join(args)}".rstrip(), file=sys.stderr)
         sys.exit(3)
     except UserError as error:
         _complain(error, status=1)
@@ -46,49 +46,30 @@ def run(main: Callable, config_type: type, defaults: Callable[..., dict], prog: 
             status=1,
         )
     except KeyboardInterrupt:
-        text = "error: interrupted. Give the same command again: a run goes on from its last checkpoint."
+        text = "error: interrupted. Give the same command again: a run resumes from its last checkpoint."
         print(text, file=sys.stderr, flush=True)
         _end_at_once(130)  # a compilation may be under way in another thread, and ending in order would crash
     except Exception as error:
         if not _is_one_of_several():
             raise
-        from experiments.run.processes import has_lost_others
+        from experiments.run.processes import is_shared_failure
 
-        if not has_lost_others(error):
+        if not is_shared_failure(error):
             traceback.print_exc()
             _end_at_once(1)
         _complain(
-            f"another process has ended ({str(error)[:200]}); its message says why. Give all of them the same commands "
-            "again: they go on from the last checkpoint.",
+            f"the runtime failed where several processes work together ({str(error)[:200]}). If another process has "
+            "ended, its message says why. Give all of them the same commands again: they resume from the last "
+            "checkpoint.",
             status=1,
         )
 
 
-def parse(config_type: type, defaults: Callable[..., dict], prog: str, args: list[str]):
-    """The settings: the preset's, overridden by the flags, then checked by the dataclass's own `check`."""
-    chosen = _choices(config_type, args)
-    base = config_type(**defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
-    config = tyro.cli(config_type, args=args, default=base, prog=prog)
-    config.check()
-    return config
-
-
-def _choices(config_type: type, args: list[str]) -> dict[str, str]:
-    """The flags of fields with a fixed set of values, read ahead of the rest: presets depend on them, and a wrong
-    one gets an answer that names the nearest right one."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    valid = {}
-    for field in dataclasses.fields(config_type):
-        if typing.get_origin(field.type) is typing.Literal:
-            valid[field.name] = typing.get_args(field.type)
-            scan.add_argument("--" + field.name.replace("_", "-"), dest=field.name, nargs="?")
-    chosen = {k: v for k, v in vars(scan.parse_known_args(args)[0]).items() if v is not None}
-    for name, value in chosen.items():
-        if value not in valid[name]:
-            near = difflib.get_close_matches(value, valid[name], n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"no {name.replace('_', ' ')} {value!r}: {hint}There are: {', '.join(valid[name])}.")
-    return chosen
+def _as_started(prog: str) -> str:
+    """The command with the Python that runs it, which may not be the one on the path."""
+    _, *rest = prog.split(" ")
+    here = os.path.relpath(sys.executable)
+    return " ".join([shlex.quote(sys.executable if here.startswith("..") else here), *rest])
 
 
 def _complain(error, status: int) -> typing.NoReturn:

@@ -5,66 +5,48 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from experiments.run.progress import Bar
 
 MAX_LAYERS_SHOWN = 12
 
 
-class Display:
+class Display(Bar):
     """A context manager around a run of `steps` steps, of which `done` are behind it. `quiet`: shows nothing."""
 
     def __init__(self, steps: int, done: int, epochs: int, quiet: bool = False):
-        self.console = Console(file=sys.stdout, quiet=quiet)
-        self._live = self.console.is_terminal and not quiet
+        label = "epoch {task.fields[epoch]}/{task.fields[epochs]}"
+        super().__init__(label, steps, done, quiet, epoch=1, epochs=epochs, figures="compiling")
         self._steps, self._epochs = steps, epochs
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-            disable=not self._live,
-            expand=True,
-        )
-        self._task = self._progress.add_task(
-            "train", total=steps, completed=done, epoch=1, epochs=epochs, figures="compiling"
-        )
         self._began, self._done_before = time.perf_counter(), done
-
-    def __enter__(self):
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._progress.__exit__(*error)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, epoch: int, figures: dict, rate: float) -> None:
         """Training loss and accuracy of the epoch so far; rate in images per second."""
         text = f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.2%}  {rate:,.0f} images/s"
-        self._progress.update(self._task, completed=step, epoch=epoch, figures=text)
+        self.update(completed=step, epoch=epoch, figures=text)
 
     def epoch(self, record: dict) -> None:
         """The line of an epoch that is over."""
-        held = "validation" if "validation_accuracy" in record else "test"
+        split = "validation" if "validation_accuracy" in record else "test"
         line = f"epoch {record['epoch']:>3}/{self._epochs}"
         if "train_loss" in record:
             line += f"   train loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:.2%}"
-        line += f"   {held} loss {record[f'{held}_loss']:.4f}  accuracy {record[f'{held}_accuracy']:.2%}"
-        if f"{held}_sampled_accuracy" in record:
-            loss, accuracy = record[f"{held}_sampled_loss"], record[f"{held}_sampled_accuracy"]
+        line += f"   {split} loss {record[f'{split}_loss']:.4f}  accuracy {record[f'{split}_accuracy']:.2%}"
+        if f"{split}_sampled_accuracy" in record:
+            loss, accuracy = record[f"{split}_sampled_loss"], record[f"{split}_sampled_accuracy"]
             line += f"   sampled loss {loss:.4f}  accuracy {accuracy:.2%}"
         if "train_loss" in record:
             left = (time.perf_counter() - self._began) / max(record["step"] - self._done_before, 1)
             left *= self._steps - record["step"]
             line += f"   {record['images_per_second']:,.0f} images/s   {left / 60:.1f} min left"
         self.say(line)
+
+
+def say(text: str) -> None:
+    """A line of its own."""
+    Console(file=sys.stdout).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_warning(text: str) -> None:

@@ -1,10 +1,10 @@
-"""What a command reports as a paragraph, without a traceback."""
+"""Errors that a command reports as one paragraph, without a traceback."""
 
 import textwrap
 
 
 class UserError(Exception):
-    """What the user can mend: bad input, missing data, a disk that is full. The message says how."""
+    """What the user can correct: bad input, missing data, a full disk. The message says how."""
 
 
 def require(config, *rules: tuple[str, bool, str]) -> None:
@@ -15,7 +15,7 @@ def require(config, *rules: tuple[str, bool, str]) -> None:
 
 
 class Infeasible(UserError):
-    """Settings that are well-formed, but that no mask can meet together. A sweep leaves such a cell out."""
+    """Well-formed settings that no masks can meet together. A sweep leaves such a cell out."""
 
 
 class Diverged(UserError):
@@ -23,13 +23,13 @@ class Diverged(UserError):
 
 
 class InUse(UserError):
-    """A work directory that another process, which is alive, is working in."""
+    """Another live process is using the work directory."""
 
 
 class DataError(UserError):
-    """The images asked for cannot be had; the message says why and what to do next."""
+    """The images are missing or damaged. The message says why, and what to do next."""
 
 
 def brief(error: Exception) -> str:
-    """A line about an error of another's making."""
+    """One line about an error that another library raised."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)

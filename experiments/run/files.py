@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read as they were written or not at all."""
+"""Atomic writes, and reads that check what they read."""
 
 import contextlib
 import io
@@ -34,16 +34,17 @@ def write_text(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Gives an OSError that names no file, as that of a full disk, the file that was to be written."""
+    """Gives an OSError the name of the file that was to be written, if it has none or that of a temporary file."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(file)
+        if error.filename is None or Path(str(error.filename)).name.startswith(f".{file.name}."):
+            error.filename = str(file)
         raise
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Writes a whole file or, if anything interrupts it, leaves the old one."""
+    """Writes a file atomically: an interruption leaves the old one."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with naming(file), open(new, "wb") as stream:
@@ -56,7 +57,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes {name: array} as an .npz, whole or not at all."""
+    """Writes {name: array} as an .npz file, atomically."""
     stream = io.BytesIO()
     np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
     _write(file, stream.getvalue())
@@ -74,7 +75,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise UserError(
-            f"{file} is damaged ({error}); move it and the .json beside it away to have both made again."
+            f"{file} is damaged ({error}); move it and the .json file beside it away, and both are made again."
         ) from error
 
 
@@ -83,4 +84,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error}); mend this or fetch or copy this file again") from error
+        raise DataError(f"cannot read {path} ({error}); fix this, or fetch or copy the file again") from error

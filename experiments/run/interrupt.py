@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C: a run finishes the steps under way, saves, and ends. A second one
-ends it as soon as Python, and not XLA, is running."""
+"""SIGTERM and Ctrl-C: a run finishes the steps that it has begun, saves, and ends. A second signal ends it as soon as
+Python, and not XLA, is running."""
 
 import contextlib
 import signal
@@ -10,25 +10,25 @@ from experiments.run.errors import UserError
 
 
 class Interrupted(UserError):
-    """A run that was asked to stop, and saved. The message says where it is."""
+    """A run that a signal stopped, after saving. The message says where its files are."""
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """asked() -> whether the process was asked to stop since. Only the main thread can be: elsewhere it never is."""
-    asked = []
+    """stop_requested() -> whether a signal has come since. Only the main thread gets signals: elsewhere, never."""
+    signals = []
 
-    def ask(number: int, frame) -> None:
-        if asked:
+    def request(number: int, frame) -> None:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(number)
+        signals.append(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Where the arrays of a run are: on one device, or on all of a mesh, be it in one process or in several."""
+"""Where the arrays of a run are: on one device, or on a mesh of devices, in one process or in several."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from supermask_jax import parallel
 from supermask_jax.trees import Tree
 
 
-class Layout:
+class Placement:
     """The devices of a run, and which part of an array each of them holds.
 
     Args:
@@ -68,8 +68,8 @@ class Layout:
         """Replicated arrays as those of this process's devices alone: what `pmap` takes. Nothing is copied."""
         return self._on(tree, self.mesh.local_mesh)
 
-    def everyones(self, tree: Tree) -> Tree:
-        """The inverse of `local`."""
+    def as_global(self, tree: Tree) -> Tree:
+        """The inverse of `local`: replicated arrays as those of all processes' devices."""
         return self._on(tree, self.mesh)
 
     def _on(self, tree: Tree, mesh: Mesh) -> Tree:

@@ -1,11 +1,10 @@
-"""Several processes, on one host or on many, that train one network together; everything here is free for one alone."""
+"""Several processes, on one host or on many, that train one network together. A single process pays nothing."""
 
 import contextlib
 import os
-import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,34 +15,34 @@ from experiments.run.errors import UserError
 from supermask_jax import parallel
 
 OWN_SETTINGS = ("process_id", "workdir", "data_dir")
-LOST = re.compile("gloo|nccl|closed by peer|reset by peer|heartbeat|barrier|coordination", re.IGNORECASE)
 THREADS = 32  # of eight simulated devices: with one for each core, they can wait for each other forever
 
 
-def join(config) -> None:
-    """Joins this process to the others that the settings name, before anything touches a device.
+def join(devices: int, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins this process to the others, before anything touches a device. Does nothing for a process alone.
 
     Where the devices are CPUs, as many as asked for are simulated.
 
     Args:
-      config: settings with the fields devices, coordinator, num_processes and process_id of `experiments.mnist.Config`.
+      devices: how many train together, over all processes; 0 for the usual number.
+      coordinator: None for a single process; "auto"; or ADDRESS:PORT of the first process.
+      num_processes, process_id: how many processes there are and which one this is, with ADDRESS:PORT.
 
     Raises:
-      UserError: no cluster's environment is found, or the others have other settings. Where some do not come within
-        five minutes, the runtime itself ends the process.
+      UserError: no cluster's environment is there. Where some processes do not come within five minutes, the runtime
+        itself ends this one.
     """
-    if config.devices > 1:
-        os.environ.setdefault("PJRT_NPROC", str(max(THREADS, 4 * config.devices)))
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(THREADS, 4 * devices)))
         simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-        if not simulated and config.coordinator != "auto":  # there, each process has the devices that it has
+        if not simulated and coordinator != "auto":  # there, each process has the devices that it has
             with contextlib.suppress(RuntimeError):  # devices are in use already, as when called from a program
-                jax.config.update("jax_num_cpu_devices", config.devices // (config.num_processes or 1))
-    if config.coordinator is None:
+                jax.config.update("jax_num_cpu_devices", devices // (num_processes or 1))
+    if coordinator is None:
         return
-    where = (config.coordinator, config.num_processes, config.process_id)
-    where = (None, None, None) if config.coordinator == "auto" else where
-    if config.num_processes:
-        print(f"process {config.process_id} of {config.num_processes}: joins at {config.coordinator}", file=sys.stderr)
+    where = (None, None, None) if coordinator == "auto" else (coordinator, num_processes, process_id)
+    if num_processes:
+        print(f"process {process_id} of {num_processes}: joins at {coordinator}", file=sys.stderr)
     try:
         # In a thread: in the main one, Ctrl-C would wait for the others as well.
         ThreadPoolExecutor(1).submit(parallel.initialize, *where).result()
@@ -52,36 +51,40 @@ def join(config) -> None:
             f"cannot join the other processes ({error}). Name them with --coordinator ADDRESS:PORT --num-processes N "
             "--process-id I, or run under Slurm, Open MPI, Kubernetes or on a TPU pod with --coordinator auto."
         ) from error
-    settings = {name: value for name, value in vars(config).items() if name not in OWN_SETTINGS}
+
+
+def require_same_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError unless all processes have the same settings, except their own. All processes must call."""
+    shared = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
     own = ", ".join(f"--{name.replace('_', '-')}" for name in OWN_SETTINGS)
-    require_alike(digest(settings), f"flags, but for {own}, must be the same")
+    require_alike(digest(shared), f"flags, but for {own}, must be the same")
 
 
 def digest(*values) -> int:
     """An int32 that stands for arrays and for what has a repr."""
     crc = 0
     for value in values:
-        crc = zlib.crc32(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else repr(value).encode(), crc)
     return crc % 2**31
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and shows what all found."""
+    """Whether this is the process that writes and shows the results."""
     return jax.process_index() == 0
 
 
 def any_of(condition: bool) -> bool:
-    """Whether the condition holds in any process. All must ask."""
+    """Whether the condition holds in any process. All processes must call."""
     return bool(np.any(_gathered(condition)))
 
 
 def of_first(value):
-    """The first process's value: a number, or an array that has the same shape in all. All must ask."""
+    """The first process's value: a number, or an array that has the same shape in all. All processes must call."""
     return _gathered(value)[0]
 
 
 def tree_of_first(tree: Any) -> Any:
-    """The first process's tree, of which all have one of the same shapes. All must ask."""
+    """The first process's tree, where all have one of the same shapes. All processes must call."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
@@ -97,10 +100,10 @@ def is_key(leaf) -> bool:
 
 
 def require_alike(value: int, what: str) -> None:
-    """All must ask.
+    """All processes must call.
 
     Raises:
-      UserError: `value`, an int32, is not that of the first process in each; `what` begins the message.
+      UserError: `value`, an int32, differs from that of the first process; `what` begins the message.
     """
     if any_of(value != of_first(value)):
         raise UserError(f"{what} in all processes.")
@@ -129,9 +132,11 @@ def meet() -> None:
     any_of(False)
 
 
-def has_lost_others(error: Exception) -> bool:
-    """Whether this is what a process is told when another one that it works with has ended."""
-    return LOST.search(str(error)) is not None
+def is_shared_failure(error: Exception) -> bool:
+    """Whether the runtime failed while several processes work together: most often, another one has ended."""
+    # Where it fails to begin a step, jax raises a ValueError with the runtime's status: "UNKNOWN: Gloo ...".
+    status = isinstance(error, ValueError) and str(error).partition(":")[0].isupper()
+    return (isinstance(error, jax.errors.JaxRuntimeError) or status) and jax.process_count() > 1
 
 
 def _gathered(value) -> np.ndarray:

@@ -1,9 +1,7 @@
 """The directory of a run. Files are replaced whole or, like the metrics, only added to; a run can be resumed."""
 
 import contextlib
-import dataclasses
 import errno
-import hashlib
 import json
 import os
 import weakref
@@ -13,6 +11,7 @@ from pathlib import Path
 from experiments.run.checkpoints import Checkpoints, gone
 from experiments.run.errors import InUse, UserError
 from experiments.run.files import naming, read_json, write_json, write_text
+from experiments.run.names import Settings, plain
 
 try:
     import fcntl
@@ -22,35 +21,29 @@ except ImportError:  # not a Unix
 A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
 SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
 
-CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
-# But for the order of sums and, under pmap, the draws of each device: a run may go on with other ones.
-CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def default_path(config, name: str) -> Path:
-    """runs/<name>/<method>-<dataset>-d<density>-s<seed>-<digest of all settings that bear on the result>."""
-    density = f"-d{config.density:g}" if config.density < 1 else ""  # a method that takes none has 1
-    return Path("runs") / name / f"{config.method}-{config.dataset}{density}-s{config.seed}-{digest(config)}"
-
-
-def digest(config) -> str:
-    """Eight characters that stand for all settings that bear on the result."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGE_NO_RESULT}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
 class Workdir:
     """A run's files under `path`. A new directory takes the settings; an old one must hold the same.
 
-    `summary_keys`: what a whole summary.json holds. `writes`: whether this process does; if not, another one does, and
-    has made the directory.
+    Args:
+      path: the directory.
+      settings: of the run.
+      fingerprint: of the images and their order.
+      summary_keys: what a whole summary.json holds.
+      writes: whether this process writes; if not, another one does, and has made the directory.
     """
 
     def __init__(
-        self, path: Path, config, data_digest: str, summary_keys: set[str] = SUMMARY_KEYS, writes: bool = True
+        self,
+        path: Path,
+        settings: Settings,
+        fingerprint: str,
+        summary_keys: set[str] = SUMMARY_KEYS,
+        writes: bool = True,
     ):
         self.path, self._summary_keys, self._writes = Path(path), summary_keys, writes
         if not writes:
@@ -60,8 +53,7 @@ class Workdir:
                     "Name a --workdir on a file system that all processes share."
                 )
             return
-        record = {**dataclasses.asdict(config), "workdir": str(path), "data": data_digest}
-        record = json.loads(json.dumps(record))  # as it will be read again: a tuple becomes a list
+        record = {**plain(dict(settings.values)), "workdir": str(path), "data": fingerprint}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
@@ -69,7 +61,7 @@ class Workdir:
                 left.unlink()  # half written by a process that was killed
             found = [name for name in A_RUNS_FILES if (self.path / name).exists()]
             if "config.json" in found and len(found) > 1:  # alone, it is of a run that did not begin
-                self._refuse_other_settings(record)
+                self._refuse_other_settings(settings, record)
             elif found and found != ["config.json"]:
                 raise UserError(
                     f"{self.path} holds {', '.join(found)} but not config.json, the settings of that run. "
@@ -82,22 +74,18 @@ class Workdir:
                 f"cannot write to the work directory {self.path} ({error}); name another with --workdir"
             ) from error
 
-    def _refuse_other_settings(self, record: dict) -> None:
+    def _refuse_other_settings(self, settings: Settings, record: dict) -> None:
         old = self.config()
         if old.get("data") != record["data"] and old.get("dataset") == record["dataset"]:
             raise UserError(
-                f"{self.path} holds a run on {old['dataset']} images that are not those found now, or in another "
+                f"{self.path} holds a run on {old['dataset']} images that differ from these, or come in another "
                 "order. Name the directory it used with --data-dir, or begin a new run in another --workdir."
             )
-        differing = [
-            f"{field} (was {old.get(field)!r}, now {record.get(field)!r})"
-            for field in sorted({*old, *record} - {*CHANGE_NO_RESULT})
-            if old.get(field) != record.get(field)
-        ]
+        differing = settings.differing(old)
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give that run's settings to "
-                "go on with it, or another --workdir to begin a new one."
+                "resume it, or another --workdir to begin a new one."
             )
 
     def summary(self) -> dict | None:
@@ -212,7 +200,7 @@ _locks = weakref.WeakValueDictionary()  # one for each directory, however often 
 
 
 def _lock(path: Path) -> _Lock | None:
-    """Keeps other processes out of the directory as long as the object lives. None where there are no such locks."""
+    """Keeps other processes out of the directory for the life of the object. None where there are no such locks."""
     if fcntl is None:
         return None
     path = path.resolve()

@@ -1,0 +1,38 @@
+"""Find or train a sparse network on CIFAR-10: `python -m experiments.cifar --model resnet-20 --method snip`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from experiments.config.flags import parser
+from experiments.config.presets import CIFAR, recipe
+from experiments.config.run import Run
+from experiments.config.sections import Data, Model
+from experiments.run import command_line
+
+PROG = "python -m experiments.cifar"
+
+
+@dataclass(frozen=True)
+class Config(Run):
+    """Find a subnetwork that recognises the objects of CIFAR-10, or train one by any method."""
+
+    preset: Literal["best"] = "best"
+    """The recipe: the defaults below are those of the --method given."""
+    model: Model = Model(model="resnet-20")
+    data: Data = Data(dataset="cifar10")
+
+
+def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
+    """The settings of a preset for a method, as far as they differ from the fields' own defaults."""
+    return recipe(CIFAR, preset, method)
+
+
+def main(config: Config) -> dict:
+    """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
+    from experiments.training.fit import run  # here, so that --help answers at once
+
+    return run(config, "cifar")
+
+
+if __name__ == "__main__":
+    command_line.run(main, parser(Config, defaults), PROG)

@@ -1,0 +1,68 @@
+"""From a frozen dataclass of sections to flags: presets, `--help`, choices, renamed flags. Imports nothing heavy."""
+
+import argparse
+import difflib
+import sys
+import typing
+from collections.abc import Callable
+from functools import partial
+
+import tyro
+
+from experiments.config import settings
+from experiments.run.errors import UserError
+
+RENAMED = {"--judge": "--assess", "--no-judge": "--no-assess", "--strangers": "--ood"}  # for one version
+
+
+def parser(config_type: type, defaults: Callable[..., dict] = lambda: {}) -> Callable:
+    """parse(prog, args) -> the settings of a command; for `experiments.run.command_line.run`.
+
+    Args:
+      config_type: a frozen dataclass of sections, with a method `check`.
+      defaults: (preset=..., method=...), as far as they are given as flags -> {flat name: value}, in place of the
+        fields' own defaults.
+    """
+    return partial(_parse, config_type, defaults)
+
+
+def _parse(config_type: type, defaults: Callable[..., dict], prog: str, args: list[str]):
+    """The preset's settings, overridden by the flags, then checked.
+
+    Raises:
+      UserError: a setting is out of range, or nothing reads an option that is set.
+    """
+    args = [_renamed(arg) for arg in args]
+    chosen = _choices(config_type, args)
+    base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
+    config = tyro.cli(config_type, args=args, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    config.check()
+    settings.refuse_unread(config, base)
+    return config
+
+
+def _renamed(arg: str) -> str:
+    """The flag's present name, for a flag that had another."""
+    name, sign, value = arg.partition("=")
+    if name in RENAMED:
+        print(f"warning: {name} is called {RENAMED[name]} now", file=sys.stderr)
+    return RENAMED.get(name, name) + sign + value
+
+
+def _choices(config_type: type, args: list[str]) -> dict[str, str]:
+    """The flags of fields with a fixed set of values, read ahead of the rest: presets depend on them, and a wrong
+    one gets an answer that names the nearest right one."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    valid = {}
+    for field in settings.fields(config_type):
+        if typing.get_origin(field.type) is typing.Literal:
+            valid[field.name] = typing.get_args(field.type)
+            scan.add_argument("--" + field.name.replace("_", "-"), dest=field.name, nargs="?")
+    chosen = {k: v for k, v in vars(scan.parse_known_args(args)[0]).items() if v is not None}
+    for name, value in chosen.items():
+        if value not in valid[name]:
+            near = [v for v in valid[name] if v.startswith(value.lower())]
+            near = near or difflib.get_close_matches(value.lower(), valid[name], n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"no {name.replace('_', ' ')} {value!r}: {hint}There are: {', '.join(valid[name])}.")
+    return chosen

@@ -1,0 +1,77 @@
+"""The recipes: what a preset sets for a method, by the flat names of the settings."""
+
+from collections.abc import Mapping
+
+from experiments.config.registry import METHODS, SALIENCIES
+from experiments.run.errors import UserError
+
+WEIGHTS_LEARN = {"init": "kaiming-normal", "optimizer": "adam", "learning_rate": 1e-3, "shift": 1}
+SCORES_LEARN = {"weight_decay": 2e-4, "shift": 1}
+# simple_mnist_example.py of Ramanujan et al. 2020, with the flags of its tutorial.
+TUTORIAL = {
+    "init": "kaiming-normal",
+    "epochs": 20,
+    "learning_rate": 0.01,
+    "schedule": "cosine-epoch",
+    "weight_decay": 5e-4,
+    "dropout": True,
+}
+# train_supermask.py of Zhou et al. 2019, with the flags of its README; their 2000 epochs see pixels from 0 to 255.
+ZHOU = {
+    "model": "lenet-300-100",
+    "init": "glorot-normal",
+    "epochs": 60,
+    "batch_size": 250,
+    "learning_rate": 100.0,
+    "schedule": "constant",
+}
+
+Recipes = Mapping[tuple[str, str], Mapping]  # (preset, method): settings
+
+
+def _best(weights_learn: dict, scores_learn: dict) -> dict:
+    """The recipe of every method, from those of the methods whose weights learn and of those whose scores do."""
+    return {
+        **{("best", name): weights_learn if of.learns == "weights" else scores_learn for name, of in METHODS.items()},
+        **{("best", name): {**weights_learn, "distribution": "global"} for name in (*SALIENCIES, "gradual")},
+        **{("best", name): {**weights_learn, "distribution": "erk"} for name in ("random", "set", "rigl")},
+    }
+
+
+MNIST: Recipes = {
+    **_best(WEIGHTS_LEARN, SCORES_LEARN),
+    ("best", "bernoulli"): {"init": "signed-deviation", "rescale": True, "learning_rate": 200.0, "shift": 1},
+    ("tutorial", "edge-popup"): TUTORIAL,
+    ("tutorial", "dense"): TUTORIAL,
+    ("zhou", "bernoulli"): ZHOU,
+}
+
+# SGD with the weight decay and the random shift of He et al. 2016; not compared with other recipes yet.
+_CIFAR_WEIGHTS = {
+    "init": "kaiming-normal",
+    "learning_rate": 0.1,
+    "weight_decay": 1e-4,
+    "batch_size": 128,
+    "shift": 4,
+    "affine": True,
+}
+_CIFAR_SCORES = {"weight_decay": 1e-4, "batch_size": 128, "shift": 4}
+
+CIFAR: Recipes = {
+    **_best(_CIFAR_WEIGHTS, _CIFAR_SCORES),
+    ("best", "bernoulli"): {**_CIFAR_SCORES, "rescale": True, "learning_rate": 200.0, "weight_decay": 0.0},
+}
+
+
+def recipe(recipes: Recipes, preset: str, method: str) -> dict:
+    """The settings of a preset for a method, as far as they differ from the fields' own defaults.
+
+    Raises:
+      UserError: the preset has none for this method.
+    """
+    if (preset, method) not in recipes:
+        methods = ", ".join(m for p, m in recipes if p == preset)
+        presets = ", ".join(p for p, m in recipes if m == method)
+        there_is = f"it is for --method {methods}" if methods else f"there is --preset {presets}"
+        raise UserError(f"no --preset {preset} for --method {method}: {there_is}.")
+    return {"preset": preset, "method": method, **recipes[preset, method]}

@@ -1,0 +1,155 @@
+"""Every choice that a command line offers, by name: data sets, models, methods, saliencies, layer densities.
+
+One line adds one choice. A line names the function that makes it as "module:function" and imports nothing until the
+choice is taken, so that `--help` answers at once. `reads` lists the options that the choice takes beside those that
+every run has; an option that no choice of a run reads is refused.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One choice: where its function is, the options that it reads, and arguments that make it this choice."""
+
+    target: str  # "module:function"
+    reads: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolve(self) -> Callable:
+        """The function, imported now."""
+        module, _, name = self.target.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        return partial(function, **self.arguments) if self.arguments else function
+
+
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """A method: `build(setup) -> supermask_jax.methods.Method`, and what the command line must know of it."""
+
+    learns: Literal["scores", "weights"] = "weights"
+    layerwise: bool = False  # needs a density for each layer, so that --distribution global is refused
+    free_density: str = ""  # why --density means nothing to it, if so
+
+
+@dataclass(frozen=True)
+class SaliencyEntry(Entry):
+    """A saliency of the library: scores for pruning before training. It is a method and a layer distribution too."""
+
+    takes: Literal["weights", "batch", "halves", "shape"] = "batch"  # what it sees beside the weights
+    rounds: int = 1  # of scoring and pruning, where --rounds is 0
+    temperature: float = 1.0  # that the logits are divided by while it scores
+
+
+DATASETS: Mapping[str, Entry] = {
+    "auto": Entry("experiments.data.mnist:auto"),
+    "mnist": Entry("experiments.data.mnist:mnist"),
+    "mnist-5k": Entry("experiments.data.mnist:mnist_5k"),
+    "fashion_mnist": Entry("experiments.data.mnist:fashion_mnist"),
+    "kmnist": Entry("experiments.data.mnist:kmnist"),
+    "cifar10": Entry("experiments.data.cifar:cifar10"),
+    "idx": Entry("experiments.data.mnist:idx"),
+    "folder": Entry("experiments.data.folder:folder", reads=("stream",)),
+}
+
+MODELS: Mapping[str, Entry] = {
+    "convnet": Entry("supermask_jax.models.zoo:mnist_convnet", reads=("dropout",)),
+    "lenet-300-100": Entry("supermask_jax.models.zoo:lenet_300_100", reads=("biases", "dropout")),
+    "mlp": Entry("supermask_jax.models.zoo:mlp", reads=("width", "depth")),
+    "cnn": Entry("supermask_jax.models.zoo:cnn", reads=("width", "depth")),
+    **{
+        f"resnet-{depth}": Entry("supermask_jax.models.zoo:cifar_resnet", ("affine",), {"depth": depth})
+        for depth in (20, 32, 44, 56, 110)
+    },
+}
+
+SALIENCIES: Mapping[str, SaliencyEntry] = {
+    "magnitude": SaliencyEntry("supermask_jax.saliency:magnitude", takes="weights"),
+    "snip": SaliencyEntry("supermask_jax.saliency:snip", takes="batch"),
+    "grasp": SaliencyEntry("supermask_jax.saliency:grasp", takes="halves", temperature=200.0),
+    "synflow": SaliencyEntry("supermask_jax.saliency:synflow", takes="shape", rounds=100),
+}
+
+_FIXED = ("distribution", "scale_weights")
+METHODS: Mapping[str, MethodEntry] = {
+    "edge-popup": MethodEntry(
+        "experiments.training.methods:edge_popup", (*_FIXED, "unit"), learns="scores", layerwise=True
+    ),
+    "bernoulli": MethodEntry(
+        "experiments.training.methods:bernoulli",
+        ("rescale",),
+        learns="scores",
+        free_density="bernoulli learns how many weights it keeps",
+    ),
+    "dense": MethodEntry("experiments.training.methods:dense", free_density="dense training keeps every weight"),
+    "random": MethodEntry("experiments.training.methods:fixed", _FIXED),
+    **{name: MethodEntry("experiments.training.methods:fixed", _FIXED) for name in SALIENCIES},
+    "gradual": MethodEntry("experiments.training.methods:gradual", (*_FIXED, "update_every")),
+    "set": MethodEntry(
+        "experiments.training.methods:sparse_evolutionary", (*_FIXED, "update_every", "drop_fraction"), layerwise=True
+    ),
+    "rigl": MethodEntry(
+        "experiments.training.methods:rigl", (*_FIXED, "update_every", "drop_fraction"), layerwise=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DistributionEntry(Entry):
+    """How layers share a density: a function of (shapes, density, *takes), or "" where a ranking of all layers says."""
+
+    takes: tuple[Literal["first", "last"], ...] = ()
+
+
+_RANKED = DistributionEntry("", reads=("rounds", "minimum"))
+DISTRIBUTIONS: Mapping[str, DistributionEntry] = {
+    "global": _RANKED,
+    "uniform": DistributionEntry("supermask_jax.densities:uniform"),
+    "uniform+": DistributionEntry("supermask_jax.densities:uniform_plus", takes=("first", "last")),
+    "er": DistributionEntry("supermask_jax.densities:er"),
+    "erk": DistributionEntry("supermask_jax.densities:erk"),
+    "erk+": DistributionEntry("supermask_jax.densities:erk_plus", takes=("last",)),
+    **{name: _RANKED for name in SALIENCIES if name != "magnitude"},
+}
+
+
+@dataclass(frozen=True)
+class InitializerEntry(Entry):
+    """What the frozen or initial weights are drawn from: a function of (key, weights, density=...)."""
+
+    on_host: bool = False  # it computes with values, so it cannot be compiled
+
+
+INITIALIZERS: Mapping[str, InitializerEntry] = {
+    "signed-constant": InitializerEntry("supermask_jax.initializers:signed_constant"),
+    "unsigned-constant": InitializerEntry("supermask_jax.initializers:unsigned_constant"),
+    "kaiming-normal": InitializerEntry("supermask_jax.initializers:kaiming_normal", on_host=True),
+    "kaiming-uniform": InitializerEntry("supermask_jax.initializers:kaiming_uniform"),
+    "glorot-normal": InitializerEntry("supermask_jax.initializers:glorot_normal", on_host=True),
+    "signed-deviation": InitializerEntry("experiments.training.network:signed_deviation", on_host=True),
+}
+
+OPTIMIZERS: Mapping[str, Entry] = {
+    "sgd": Entry("optax:sgd", reads=("momentum",)),
+    "adam": Entry("optax:adam"),
+}
+
+CRITERIA = (  # mask criteria of `supermask_jax.criteria`, by their names there; compared by a test
+    "large_final",
+    "small_final",
+    "large_init",
+    "small_init",
+    "large_init_large_final",
+    "small_init_small_final",
+    "magnitude_increase",
+    "movement",
+    "large_final_same_sign",
+    "large_final_diff_sign",
+    "magnitude_increase_same_sign",
+    "magnitude_increase_diff_sign",
+    "random",
+)

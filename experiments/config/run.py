@@ -1,0 +1,75 @@
+"""The settings of one training run, which `mnist`, `cifar` and every cell of a sweep share."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from experiments.config.registry import METHODS
+from experiments.config.sections import (
+    MAX_EPOCHS,
+    Augment,
+    Data,
+    Evaluation,
+    Init,
+    Machine,
+    Masks,
+    Model,
+    Optim,
+    Output,
+)
+from experiments.config.settings import changed, without_unread
+from experiments.run.errors import UserError, require
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train one network by one method on one data set."""
+
+    preset: str = "best"
+    """The recipe: the defaults below are those of the --preset and --method given."""
+    epochs: int = 10
+    """Passes over the training images."""
+    seed: int = 0
+    """Of everything random, in [0, 2**32). The same command gives the same masks."""
+    masks: Masks = Masks()
+    model: Model = Model()
+    init: Init = Init()
+    optim: Optim = Optim()
+    augment: Augment = Augment()
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+    machine: Machine = Machine()
+
+    # fmt: off
+    ALWAYS_NAMED: ClassVar[frozenset[str]] = frozenset((
+        "preset", "method", "density", "distribution", "unit", "rounds", "minimum", "rescale", "update_every",
+        "drop_fraction", "model", "width", "depth", "dropout", "init", "scale_weights", "epochs", "batch_size",
+        "learning_rate", "schedule", "optimizer", "momentum", "weight_decay", "shift", "dataset", "data_dir",
+        "train_images", "validation", "assess", "ood", "workdir", "checkpoint_every", "devices", "parallel",
+        "shard_scores", "coordinator", "num_processes", "process_id", "seed",
+    ))
+    # fmt: on
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range, or on settings that exclude each other."""
+        require(
+            self,
+            ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
+            ("epochs", 1 <= self.epochs <= MAX_EPOCHS, f"in [1, {MAX_EPOCHS:,}]"),
+        )
+        for section in (self.masks, self.model, self.init, self.optim, self.augment, self.data):
+            section.check()
+        for section in (self.evaluation, self.output, self.machine):
+            section.check()
+        batch, devices, method = self.optim.batch_size, self.machine.devices, self.masks.method
+        if devices and batch % devices:
+            raise UserError(f"--batch-size {batch} does not divide over --devices {devices}.")
+        if self.init.scale_weights and METHODS[method].free_density:
+            raise UserError(f"--scale-weights scales by --density, and {METHODS[method].free_density}.")
+
+
+def named(config: Run, dataset: str) -> Run:
+    """The settings that a run is stored under: with the name of the data set that was found, and with neutral values
+    for all that its method and its model do not read."""
+    config = changed(without_unread(config), dataset=dataset)
+    return changed(config, density=1.0) if METHODS[config.masks.method].free_density else config

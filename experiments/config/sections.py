@@ -1,0 +1,233 @@
+"""The settings of a command, in sections. A consumer takes the section that it needs; the flags are flat.
+
+The text under a field is its `--help`. Field names are unique within a command. A field that is added later needs a
+default that does what the program did before it: see `experiments.config.settings`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from experiments.config.registry import DATASETS, DISTRIBUTIONS, INITIALIZERS, METHODS, MODELS, OPTIMIZERS
+from experiments.run.errors import UserError, require
+
+MAX_EPOCHS = 10**6
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which weights are kept, and what learns."""
+
+    method: Literal[*METHODS] = "edge-popup"
+    """Scores learn, weights never: edge-popup keeps the highest scores; bernoulli learns the probability that each
+    weight is kept. Weights learn: dense, all of them; random, magnitude, snip, grasp and synflow, under masks chosen
+    before training; gradual prunes the smallest as it trains; set and rigl replace the smallest by random ones, or by
+    those of the largest gradient."""
+    density: float = 0.5
+    """Fraction of the weights that is kept, in (0, 1]. dense, which keeps all, and bernoulli, which learns how many,
+    ignore it."""
+    distribution: Literal[*DISTRIBUTIONS] = "uniform"
+    """How the layers share the density. global: all layers are ranked together; uniform: the same in each layer;
+    uniform+, er, erk, erk+: published rules; snip, grasp, synflow: as much as their ranking keeps in each layer."""
+    unit: Literal["weight", "neuron"] = "weight"
+    """What edge-popup keeps or drops: single weights, or whole neurons and channels of all layers but the last."""
+    rounds: int = 0
+    """Rounds in which all layers are ranked together before training. 0: one, and 100 for synflow."""
+    minimum: int = 0
+    """Weights that a ranking of all layers together leaves in each layer at least."""
+    rescale: bool = False
+    """Multiply each layer's masks by its size / number of ones, so that few weights count as much as all: bernoulli."""
+    update_every: int = 100
+    """Steps between changes of the masks, until three quarters of training: gradual, set, rigl. Fewer where training is
+    too short for five changes."""
+    drop_fraction: float = 0.3
+    """The part of the kept weights that set and rigl replace at first; it falls to 0 along a cosine."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range, or on settings that exclude each other."""
+        require(
+            self,
+            ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
+            ("rounds", self.rounds >= 0, "1 or more, or 0 for the usual number"),
+            ("minimum", self.minimum >= 0, "0 or more weights"),
+            ("update_every", self.update_every >= 1, "1 or more steps"),
+            ("drop_fraction", 0 < self.drop_fraction <= 1, "the part of the kept weights, in (0, 1]"),
+        )
+        if self.unit == "neuron" and (self.method != "edge-popup" or self.distribution != "uniform"):
+            raise UserError("--unit neuron is for --method edge-popup and --distribution uniform.")
+        if self.distribution == "global" and METHODS[self.method].layerwise:
+            valid = ", ".join(name for name in DISTRIBUTIONS if name != "global")
+            raise UserError(f"{self.method} needs a --distribution that gives a density to each layer: {valid}.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    model: Literal[*MODELS] = "convnet"
+    """The network. convnet and lenet-300-100 are the MNIST networks of the literature; mlp and cnn have --width and
+    --depth; resnet-20 to resnet-110 are those of CIFAR-10, with BatchNorm."""
+    width: int = 100
+    """Units (mlp) or channels (cnn) of each hidden layer."""
+    depth: int = 2
+    """Hidden layers of mlp and cnn."""
+    dropout: bool = False
+    """The convnet's published dropout: whole channels at 0.25 before, units at 0.5 after the first dense layer.
+    lenet-300-100: at 0.5 after each hidden layer."""
+    biases: bool = False
+    """Biases in lenet-300-100. They are never pruned."""
+    affine: bool = False
+    """Learned BatchNorm scales and biases in the ResNets. They learn where weights learn; edge-popup and bernoulli
+    leave them at 1 and 0."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        require(self, ("width", self.width >= 1, "1 or more"), ("depth", self.depth >= 1, "1 or more"))
+
+
+@dataclass(frozen=True)
+class Init:
+    """The weights before training."""
+
+    init: Literal[*INITIALIZERS] = "signed-constant"
+    """What the weights are drawn from; signed-deviation: the signs of a glorot-normal draw times its deviation."""
+    scale_weights: bool = False
+    """Scale the weights by sqrt(1 / --density), as in the paper; also where layers keep other fractions."""
+
+    def check(self) -> None:
+        """Every choice is valid."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Batches and the optimizer."""
+
+    batch_size: int = 64
+    """Images per step. The last, smaller batch of an epoch is trained on too, except by a network with batch
+    statistics, which leaves it out."""
+    learning_rate: float = 0.1
+    """At the start of training."""
+    schedule: Literal["cosine", "cosine-epoch", "constant"] = "cosine"
+    """How the learning rate falls to zero: at every step, once per epoch, or not at all."""
+    optimizer: Literal[*OPTIMIZERS] = "sgd"
+    """Weight decay is added to the gradient, for SGD and for Adam."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """Pulls what learns (scores, or weights) towards zero."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        require(
+            self,
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("learning_rate", 0 < self.learning_rate < float("inf"), "above 0, and finite"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, and finite"),
+        )
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of the training images."""
+
+    shift: int = 0
+    """Training images are moved at random by up to so many pixels, each way."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        require(self, ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images."""
+
+    dataset: Literal[*DATASETS] = "auto"
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10: the files of its binary version.
+    idx: any set in MNIST's format. folder: image files in class folders, train/CLASS/* and test/CLASS/*."""
+    data_dir: str | None = None
+    """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
+    train_images: int = 0
+    """Train on so many of the training images only, evenly from all classes. 0: on all."""
+    validation: int = 0
+    """Training images to hold out. Then epochs report them, and the test set is measured once, at the end."""
+    stream: bool = False
+    """Read the images of a folder from disk as they are needed, instead of holding them all in memory."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        require(
+            self,
+            ("train_images", self.train_images >= 0, "0 (all) or more"),
+            ("validation", self.validation >= 0, "0 or more images"),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured beside loss and accuracy."""
+
+    assess: bool = False
+    """Measure calibration, out-of-distribution detection, adversarial robustness (FGSM, 8/255) and, after each epoch,
+    the gradient's norm over the kept weights."""
+    ood: Literal["none", *(name for name in DATASETS if name not in ("auto", "idx"))] = "none"
+    """With --assess: an out-of-distribution data set, beside Gaussian noise."""
+
+    def check(self) -> None:
+        """Raises UserError on settings that do not go together."""
+        if self.ood != "none" and not self.assess:
+            raise UserError("--ood names the images that --assess measures on: add --assess.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files of a run."""
+
+    workdir: str | None = None
+    """Where the run leaves its files, and resumes from. [runs/<experiment>/<a name made from the settings>]"""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range."""
+        require(self, ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and processes."""
+
+    devices: int = 0
+    """How many devices train together, each on its part of every batch; CPUs are simulated. 0: one, or, in several
+    processes, all that they have."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How one step runs on many devices: jit over a mesh, or pmap, where each device draws its own shifts."""
+    shard_scores: bool = False
+    """Split scores, weights and optimizer state over the devices, so that each holds and updates its part."""
+    coordinator: str | None = None
+    """Train in several processes: auto (the cluster's environment says how: TPU pods, Slurm, Open MPI, Kubernetes), or
+    ADDRESS:PORT of the first one."""
+    num_processes: int | None = None
+    """With --coordinator ADDRESS:PORT, how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator ADDRESS:PORT, which one this is, from 0 on; 0 is at that address, and writes the files."""
+
+    def check(self) -> None:
+        """Raises UserError on a setting out of range, or on settings that exclude each other."""
+        require(self, ("devices", self.devices >= 0, "1 or more, or 0 for the usual number"))
+        if self.shard_scores and self.parallel == "pmap":
+            raise UserError("pmap keeps all scores on every device: --shard-scores is for --parallel jit.")
+        number, this = self.num_processes, self.process_id
+        if self.coordinator in (None, "auto"):
+            if number is not None or this is not None:
+                raise UserError("--num-processes and --process-id go with --coordinator ADDRESS:PORT.")
+            return
+        address, _, port = self.coordinator.rpartition(":")
+        if not address or not port.isdecimal():
+            raise UserError(f"--coordinator must be auto or ADDRESS:PORT; got {self.coordinator}.")
+        if number is None or this is None:
+            raise UserError("--coordinator ADDRESS:PORT needs --num-processes and --process-id.")
+        if number < 1 or not 0 <= this < number:
+            raise UserError(f"--process-id must be in [0, --num-processes): got {this} of {number}.")
+        if self.devices % number:
+            raise UserError(f"--devices {self.devices} does not divide over --num-processes {number}.")
