@@ -1,6 +1,6 @@
-"""How good a network is: on all examples of a held-out set, and, beside accuracy, how far it can be trusted."""
+"""How good a network is: on all examples of an evaluation split, and, beside accuracy, how far it can be trusted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -8,153 +8,169 @@ import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments.data import load as data
-from experiments.run.placement import Layout
-from experiments.training import recipe
-from experiments.training.stepper import compiling
+from experiments.data.augment import normalise
+from experiments.data.batches import in_batches
+from experiments.data.source import Arrays, Dataset, Source
+from experiments.run.placement import Placement
+from experiments.training.loss import losses_and_correct
+from experiments.training.network import Network
 from supermask_jax import metrics
+from supermask_jax.methods import Method
 from supermask_jax.trees import Tree, apply_masks
 
 BATCH = 250  # or the next number that the devices divide
 EPSILON = 8 / 255  # of the adversarial images, in pixel space
+OOD_IMAGES = 2000  # of noise
 
 
-class Held(NamedTuple):
-    """Images that are evaluated after each epoch: "validation" or "test"."""
+class Split(NamedTuple):
+    """Examples that a network is evaluated on: "validation" or "test"."""
 
     name: str
-    images: np.ndarray
-    labels: np.ndarray
+    source: Source
 
 
 class Evaluator:
-    """Masks, parameters and figures of networks of one shape; each is compiled once.
+    """Masks, parameters and figures of the networks of one method; each is compiled once.
 
     Args:
-      mask_fn: what the masks are, exactly 0 or 1.
-      forward: what the weights are multiplied by.
-      model, dataset: the network, and the images whose mean and deviation it sees.
-      layout: where the networks are; each of its devices evaluates its share of the images. One device, if None.
+      method: what the masks are, and what the model is given.
+      network: the model.
+      dataset: whose mean and deviation the model's images are normalised by.
+      placement: where the networks are; each of its devices evaluates its share of the images. One device, if None.
     """
 
-    def __init__(
-        self, mask_fn: sm.MaskFn, forward: sm.MaskFn, model, dataset: data.Dataset, layout: Layout | None = None
-    ):
-        self._model, self._dataset, self._batches = model, dataset, {}
-        self._layout = layout or Layout()
-        self._batch = BATCH + -BATCH % self._layout.size
+    def __init__(self, method: Method, network: Network, dataset: Dataset, placement: Placement | None = None):
+        self._network, self._mean, self._std = network, dataset.mean, dataset.std
+        self._placement, self._batches = placement or Placement(), {}
+        self._batch = BATCH + -BATCH % self._placement.size
 
-        def found(subnet, key):
-            factors = forward(subnet.scores, key)
-            masks = factors if forward is mask_fn else mask_fn(subnet.scores, key)
+        def masked(subnet, key):
+            masks = method.mask_fn(subnet.scores, key)
+            params = apply_masks(subnet.weights, masks) if method.product is None else method.product(subnet, key)
             # Copies: masks that are the scores themselves would be given away with the state at the next step.
-            return jax.tree.map(jnp.copy, (masks, apply_masks(subnet.weights, factors)))
+            return jax.tree.map(jnp.copy, (masks, params))
 
-        def sums(params, images, labels, weights):
+        def sums(params, state, images, labels, weights):
             def one(batch):
                 images, labels, weights = batch
-                losses, hits = recipe.losses_and_hits(self._logits(params, images), labels)
-                return jnp.sum(losses * weights), jnp.sum(hits * weights)
+                losses, correct = losses_and_correct(self._logits(params, state, images), labels)
+                return jnp.sum(losses * weights), jnp.sum(correct * weights)
 
-            losses, hits = jax.lax.map(one, (images, labels, weights))
-            return jnp.sum(losses), jnp.sum(hits)
+            losses, correct = jax.lax.map(one, (images, labels, weights))
+            return jnp.sum(losses), jnp.sum(correct)
 
-        self._found, self._sums = compiling(found, (None, self._layout.everywhere)), compiling(sums)
-        self._judged = compiling(self._judge, self._layout.everywhere)
+        everywhere = self._placement.everywhere
+        self._masked, self._sums = sm.jit(masked, out_shardings=(None, everywhere)), sm.jit(sums)
+        self._logits_twice = sm.jit(self._clean_and_adversarial, out_shardings=everywhere)
 
-    def found(self, subnet: sm.Subnet, key: jax.Array | None = None) -> tuple[Tree, Tree]:
+    def masked(self, subnet: sm.Subnet, key: jax.Array | None = None) -> tuple[Tree, Tree]:
         """(masks, parameters) of the network: the deterministic one, or the one that a key draws."""
-        return self._found(subnet, key)
+        return self._masked(subnet, key)
 
-    def figures(self, params: Tree, held: Held) -> dict[str, float]:
-        """{"<held>_loss": mean cross-entropy in nats, "<held>_accuracy": fraction}, over all its examples."""
-        examples = len(held.labels)
-        if held.name not in self._batches:
-            self._batches[held.name] = [
-                self._layout.split(in_batches(part, self._batch), axis=1)
-                for part in (held.images, held.labels, np.ones(examples, np.float32))
-            ]
-        loss, hits = (float(total) / examples for total in self._sums(params, *self._batches[held.name]))
-        return {f"{held.name}_loss": loss, f"{held.name}_accuracy": hits}
+    def figures(self, params: Tree, state: Tree, split: Split) -> dict[str, float]:
+        """{"<split>_loss": mean cross-entropy in nats, "<split>_accuracy": fraction}, over all its examples."""
+        loss, correct = 0.0, 0.0
+        for batches in self._all_batches(split):
+            sums = self._sums(params, state, *batches)
+            loss, correct = loss + float(sums[0]), correct + float(sums[1])
+        examples = len(split.source)
+        return {f"{split.name}_loss": loss / examples, f"{split.name}_accuracy": correct / examples}
 
-    def sampled_figures(self, subnet: sm.Subnet, held: Held, keys) -> dict[str, float]:
-        """The means of `figures` over the networks that the keys draw, as "<held>_sampled_..."; {} without keys."""
-        drawn = [self.figures(self.found(subnet, key)[1], held) for key in keys]
+    def sampled_figures(self, subnet: sm.Subnet, state: Tree, split: Split, keys) -> dict[str, float]:
+        """The means of `figures` over the networks that the keys draw, as "<split>_sampled_..."; {} without keys."""
+        drawn = [self.figures(self.masked(subnet, key)[1], state, split) for key in keys]
         return {
             name.replace("_", "_sampled_"): float(np.mean([figures[name] for figures in drawn]))
             for name in (drawn[0] if drawn else ())
         }
 
-    def judge(self, params: Tree, held: Held, others: dict[str, np.ndarray]) -> dict:
-        """What is asked of a network beside accuracy; see `supermask_jax.metrics` for each.
+    def assess(self, params: Tree, state: Tree, split: Split, others: Mapping[str, Source]) -> dict:
+        """What is measured beside accuracy; `supermask_jax.metrics` says what each figure is.
 
         Args:
-          params: the network.
-          held: the images that it should know.
-          others: {name: images} that it should not.
+          params, state: the network.
+          split: images of the distribution that it was trained on.
+          others: {name: out-of-distribution images}.
 
         Returns:
-          "ece", "brier", "reliability" (a list for each of count, confidence, accuracy, by bin), "fgsm_accuracy"
-          (at `EPSILON`), and "ood_auroc": {name: area under the curve of the highest probability}.
+          "ece", "brier", "reliability" (for each of count, confidence, accuracy a list by bin), "fgsm_accuracy" (at
+          `EPSILON`), and "ood_auroc": {name: area under the curve of the highest probability}.
         """
-        logits, adversarial = self._all_logits(params, held.images, held.labels)
-        confidence = _max_softmax(logits)
-        bins = metrics.reliability(logits, held.labels)
+        logits, adversarial = self._all_logits(params, state, split.source)
+        labels, confidence = split.source.labels, np.asarray(metrics.max_softmax(logits))
+        bins = metrics.reliability(logits, labels)
         return {
-            "ece": float(metrics.expected_calibration_error(logits, held.labels)),
-            "brier": float(metrics.brier(logits, held.labels)),
+            "ece": float(metrics.expected_calibration_error(logits, labels)),
+            "brier": float(metrics.brier(logits, labels)),
             "reliability": {name: np.asarray(values).tolist() for name, values in bins._asdict().items()},
-            "fgsm_accuracy": float(np.mean(np.argmax(adversarial, axis=-1) == held.labels)),
+            "fgsm_accuracy": float(np.mean(np.argmax(adversarial, axis=-1) == labels)),
             "ood_auroc": {
-                name: float(metrics.auroc(confidence, _max_softmax(self._all_logits(params, images)[0])))
-                for name, images in others.items()
+                name: float(
+                    metrics.auroc(
+                        confidence, np.asarray(metrics.max_softmax(self._all_logits(params, state, other)[0]))
+                    )
+                )
+                for name, other in others.items()
             },
         }
 
-    def _all_logits(self, params: Tree, images: np.ndarray, labels: np.ndarray | None = None) -> list[np.ndarray]:
-        """`_judge` of all images, batch by batch; its second half means nothing without labels."""
-        labels = np.zeros(len(images), np.int32) if labels is None else labels
-        batches = zip(in_batches(images, self._batch), in_batches(labels, self._batch), strict=True)
-        parts = [self._judged(params, *map(self._layout.split, batch)) for batch in batches]
-        return [np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True)]
+    def _all_batches(self, split: Split) -> Iterator[tuple[jax.Array, ...]]:
+        """(images, labels, weights), each [batches, batch, ...], of all examples: at once, if they are in memory."""
+        source = split.source
+        if isinstance(source, Arrays):
+            if split.name not in self._batches:
+                self._batches[split.name] = self._placed(source.images, source.labels)
+            yield self._batches[split.name]
+            return
+        for part in self._read(source):
+            yield self._placed(part["image"], part["label"])
 
-    def _judge(self, params: Tree, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _placed(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, ...]:
+        parts = images, labels, np.ones(len(labels), np.float32)
+        return tuple(self._placement.split(in_batches(part, self._batch), axis=1) for part in parts)
+
+    def _read(self, source: Source) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(source), self._batch):
+            yield source.read(np.arange(start, min(start + self._batch, len(source))))
+
+    def _all_logits(self, params: Tree, state: Tree, source: Source) -> list[np.ndarray]:
+        """The logits of all images, and of the adversarial images made from them and their labels."""
+        parts = []
+        for part in self._read(source):
+            [images], [labels] = in_batches(part["image"], self._batch), in_batches(part["label"], self._batch)
+            both = self._logits_twice(params, state, *map(self._placement.split, (images, labels)))
+            parts.append([np.asarray(logits)[: len(part["label"])] for logits in both])
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _clean_and_adversarial(
+        self, params: Tree, state: Tree, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Logits of images [n, h, w, c] uint8, and of the adversarial images made from them."""
 
         def loss(pixels, labels):
-            return jnp.mean(recipe.losses_and_hits(self._logits(params, pixels, scale=1), labels)[0])
+            return jnp.mean(losses_and_correct(self._logits(params, state, pixels, white=1), labels)[0])
 
         adversarial = metrics.fgsm(loss, images.astype(jnp.float32) / 255, labels, EPSILON)
-        return self._logits(params, images), self._logits(params, adversarial, scale=1)
+        return self._logits(params, state, images), self._logits(params, state, adversarial, white=1)
 
-    def _logits(self, params: Tree, images: jax.Array, scale: float = 255) -> jax.Array:
-        images = recipe.normalise(images, self._dataset.mean, self._dataset.std, scale)
-        return self._model.apply({"params": params}, images)
+    def _logits(self, params: Tree, state: Tree, images: jax.Array, white: float = 255) -> jax.Array:
+        return self._network.logits(params, state, normalise(images, self._mean, self._std, white))
 
 
-def make_flow(loss_fn: Callable, batch: dict) -> Callable[[Tree, Tree], float]:
-    """flow(params, masks) -> the norm of the loss's gradient over the active weights, always on the same batch."""
+def make_flow(loss_fn: Callable, batch: dict) -> Callable[[Tree, Tree, Tree], float]:
+    """flow(params, model_state, masks) -> the norm of the loss's gradient over the kept weights, on one batch."""
 
-    def norm(params, masks, batch):
-        gradient = jax.grad(lambda p: loss_fn(p, None, batch, jax.random.key(0))[0])(params)
+    def norm(params, state, masks, batch):
+        gradient = jax.grad(lambda p: loss_fn(p, state, batch, jax.random.key(0))[0])(params)
         return metrics.gradient_flow(gradient, masks)
 
-    norm = compiling(norm)
-    return lambda params, masks: float(norm(params, masks, batch))
+    norm = sm.jit(norm)
+    return lambda params, state, masks: float(norm(params, state, masks, batch))
 
 
-def noise_like(dataset: data.Dataset, seed: int, examples: int = 2000) -> np.ndarray:
-    """uint8 images of Gaussian noise, its mean and deviation those of the data set's pixels before it is clipped."""
-    shape = (examples, *dataset.test_images.shape[1:])
-    pixels = np.random.default_rng(seed).normal(dataset.mean, dataset.std, shape)
-    return np.clip(255 * pixels, 0, 255).round().astype(np.uint8)
-
-
-def _max_softmax(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(metrics.max_softmax(logits))
-
-
-def in_batches(part: np.ndarray, size: int) -> np.ndarray:
-    """[batches, size, ...], padded with zeros."""
-    rest = np.zeros((-len(part) % size, *part.shape[1:]), part.dtype)
-    return np.concatenate([part, rest]).reshape(-1, size, *part.shape[1:])
+def noise_like(dataset: Dataset, seed: int, examples: int = OOD_IMAGES) -> Arrays:
+    """uint8 images of Gaussian noise, with the mean and deviation of the data set's channels before clipping."""
+    shape = (examples, *dataset.image_shape)
+    pixels = np.random.default_rng(seed).normal(np.array(dataset.mean), np.array(dataset.std), shape)
+    return Arrays(np.clip(255 * pixels, 0, 255).round().astype(np.uint8), np.zeros(examples, np.int32))

@@ -1,283 +1,276 @@
-"""One training story for every method: batches in a fixed order, evaluation of all examples, resume, summary."""
+"""One run from its settings to its files: data, network, method, training, evaluation, summary."""
 
 import dataclasses
-import importlib.metadata
-import platform
-import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments.data import load as data
+from experiments.config.registry import METHODS
+from experiments.config.run import Run, named
+from experiments.config.sections import Masks
+from experiments.config.settings import flat, neutral
+from experiments.data.load import load_ood
+from experiments.data.source import Dataset
 from experiments.run import display, processes
-from experiments.run.errors import Diverged, UserError
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.errors import UserError
 from experiments.run.interrupt import Interrupted, stopping
-from experiments.run.placement import Layout
-from experiments.run.workdir import Workdir, default_path
-from experiments.training import recipe
-from experiments.training.evaluation import Evaluator, Held, make_flow, noise_like
-from experiments.training.methods import METHODS, Start
-from experiments.training.stepper import Driver, PmapDriver, batch_at, epoch_order, train_figures, zero_totals
-from supermask_jax import metrics, parallel
-from supermask_jax.trees import Tree, by_path, leaf_key, ones_and_sizes
+from experiments.run.names import Settings, default_path
+from experiments.run.placement import Placement
+from experiments.run.workdir import Workdir
+from experiments.training import stepper, summary
+from experiments.training.evaluation import Split, noise_like
+from experiments.training.events import saving, stop_if_not_finite
+from experiments.training.images import open_data, require_same_images, splits
+from experiments.training.loop import Batch, Event, every, train
+from experiments.training.parts import Parts
+from supermask_jax.trees import Tree, by_path, leaf_key
 
-REPORT_EVERY = 50  # steps; bounds how many are dispatched ahead as well
-SAMPLES, SAMPLES_PER_EPOCH = 10, 3  # masks drawn to evaluate a method that draws them: at the end, after each epoch
-FLOW_IMAGES = 50  # of each class, that the gradient flow is measured on
+REPORT_EVERY = 10  # steps; bounds how many are dispatched ahead, and how late a signal is noticed
 
 
 class Progress(NamedTuple):
-    """All that a checkpoint holds."""
+    """What training changes; all that a checkpoint holds."""
 
     state: sm.TrainState
-    totals: dict[str, jax.Array]  # sums over the steps of the epoch under way
+    totals: dict[str, jax.Array]  # sums over the steps of the current epoch
     masks: Tree  # at the end of the last epoch, to count flips against
-    seconds: jax.Array  # of training, without compilation and evaluation
+    seconds: Any  # of training, without compilation and evaluation
 
 
-def fit(config, dataset: data.Dataset, name: str, strangers: data.Dataset | None = None, alone: bool = True) -> dict:
+def run(config: Run, experiment: str) -> dict:
+    """Trains, or resumes, what the settings of a command say; returns the summary that it also writes.
+
+    Args:
+      config: the settings.
+      experiment: the command's name, for the default work directory.
+
+    Raises:
+      UserError: as `fit`; and the data are missing or damaged.
+    """
+    machine = config.machine
+    processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
+    processes.require_same_settings(flat(config))
+    dataset = processes.in_turn(partial(open_data, config.data))
+    ood = processes.in_turn(partial(load_ood, config.evaluation.ood, config.data.data_dir, dataset))
+    why = METHODS[config.masks.method].free_density
+    if why and config.masks.density != Masks.density and processes.is_first():
+        display.show_warning(f"--density {config.masks.density:g} has no effect: {why}.")
+    return fit(named(config, dataset.name), dataset, experiment, ood)
+
+
+def fit(config: Run, dataset: Dataset, experiment: str, ood: Dataset | None = None, single: bool = True) -> dict:
     """Trains, or resumes, or returns the summary of a finished run. Leaves its files in the work directory.
 
     Args:
-      config: settings with the fields of `experiments.mnist.Config`.
-      dataset: see `experiments.data`.
-      name: the experiment, for the default work directory.
-      strangers: a data set whose test images the network should not be sure of, if it is to be judged.
-      alone: whether it shows its progress and draws pictures; if not, it is one of many.
+      config: the settings, as `named` makes them.
+      dataset: what to train and evaluate on.
+      experiment: the command's name, for the default work directory.
+      ood: an out-of-distribution data set, if the run measures on one.
+      single: whether it shows its progress and draws pictures; if not, it is one of many runs.
 
     Raises:
       UserError: settings that do not fit the data, the devices or the work directory; loss or scores that are not
         finite.
     """
-    layout = Layout(config.devices, config.shard_scores)
-    if config.batch_size % layout.size:
-        raise UserError(f"--batch-size {config.batch_size} does not divide over {layout.size} devices.")
-    shows = alone and processes.is_first()
-    if jax.process_count() > 1:
-        images = [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
-        images += [strangers.test_images] if strangers else []
-        processes.require_alike(processes.digest(*images), "the images and their order must be the same")
+    machine = config.machine
+    placement = Placement(machine.devices, machine.shard_scores)
+    if config.optim.batch_size % placement.size:
+        raise UserError(f"--batch-size {config.optim.batch_size} does not divide over {placement.size} devices.")
+    shows = single and processes.is_first()
+    require_same_images(dataset, ood)
     if dataset.warning and shows:
         display.show_warning(dataset.warning)
-    rest, *held = data.hold_out(dataset, config.validation)
-    held = Held("validation", *held) if config.validation else Held("test", dataset.test_images, dataset.test_labels)
-    if config.train_images > len(rest.train_labels):
-        raise UserError(f"--train-images {config.train_images}: there are {len(rest.train_labels)} to train on.")
-    if 0 < config.train_images < len(rest.train_labels):
-        _, images, labels = data.hold_out(rest, config.train_images)
-        rest = dataclasses.replace(rest, train_images=images, train_labels=labels)
-    path = Path(config.workdir).expanduser() if config.workdir else default_path(config, name)
-    digest = f"{zlib.crc32(dataset.train_images.tobytes()):08x}"
-    workdir = processes.in_turn(lambda: Workdir(path, config, digest, writes=processes.is_first()))
+    settings = Settings(flat(config), neutral(type(config)))
+    output = config.output.workdir
+    path = Path(output).expanduser() if output else default_path(settings, experiment)
+    trained_on, split = splits(config.data, dataset)
+    open_workdir = partial(Workdir, path, settings, dataset.fingerprint, writes=processes.is_first())
+    workdir = processes.in_turn(open_workdir)
     processes.require_alike(workdir.mark(), f"{path} must be on a file system that all share, and the same")
-    with stopping() as asked:
-        summary = workdir.summary() or _train(config, rest, held, workdir, layout, strangers, shows, asked)
-    if asked() and not alone:
-        raise Interrupted(f"stopped as asked, when {workdir.path} was finished.")
+    with stopping() as stop_requested:
+        result = workdir.summary()
+        if result is None:
+            result = _Job(Parts(config, trained_on, split, placement), workdir, ood, shows, stop_requested).run()
+    if stop_requested() and not single:
+        raise Interrupted(f"stopped by a signal, after {workdir.path} was finished.")
     if shows:
-        display.show_summary(summary, path)
-    return summary
+        display.show_summary(result, path)
+    return result
 
 
-def _train(config, dataset, held: Held, workdir: Workdir, layout: Layout, strangers, shows: bool, asked) -> dict:
-    examples = len(dataset.train_labels)
-    steps_per_epoch = -(-examples // config.batch_size)
-    last_step = config.epochs * steps_per_epoch
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """A run that is not finished, from its start, or its last checkpoint, to its summary.
 
-    key = jax.random.key(config.seed)
-    model = recipe.build_model(config, dataset.classes)
-    weights = recipe.draw_weights(config, model, dataset.train_images.shape[1:], leaf_key(key, "weights"))
-    schedule = recipe.make_schedule(config, steps_per_epoch)
-    rate_at, tx = jax.jit(schedule), recipe.make_optimizer(config, schedule)
-    make_loss = partial(recipe.make_loss, model, dataset.mean, dataset.std)
-    sample = partial(class_sample, dataset, leaf_key(key, "sample"))
-    start = Start(config, weights, leaf_key(key, "scores"), tx, model, make_loss, sample, last_step)
-    task = METHODS[config.method](start)
-    advance = make_driver(config, task, make_loss, tx, dataset, layout)
-    evaluator = Evaluator(task.mask_fn, task.forward, model, dataset, layout)
-    flow = make_flow(make_loss(), layout.replicate(sample(FLOW_IMAGES))) if config.judge else None
-    samples = jax.random.split(leaf_key(key, "evaluation"), SAMPLES) if task.sampled else ()
-    samples = [layout.replicate(key) for key in samples]
+    Fields:
+      parts: what it is made of.
+      workdir: its files.
+      ood: an out-of-distribution data set, if it measures on one.
+      shows: whether it shows its progress and draws pictures.
+      stop_requested: whether a signal has come.
+    """
 
-    def measured(subnet: sm.Subnet) -> tuple[Tree, dict]:
-        """The masks, and what is recorded of them after an epoch."""
-        masks, params = evaluator.found(subnet)
-        figures = evaluator.figures(params, held)
-        figures |= evaluator.sampled_figures(subnet, held, samples[:SAMPLES_PER_EPOCH])
-        return masks, figures | ({"gradient_flow": flow(params, masks)} if flow else {})
+    parts: Parts
+    workdir: Workdir
+    ood: Dataset | None
+    shows: bool
+    stop_requested: Callable[[], bool]
 
-    state = layout.place(sm.init_state(task.subnet, tx, leaf_key(key, "train"), learns=task.learns))
-    masks, first = measured(state.subnet)
-    progress = Progress(state, layout.replicate(zero_totals()), masks, layout.replicate(jnp.float32(0)))
+    def run(self) -> dict:
+        """Trains to the end, or from the last checkpoint on, and writes the summary."""
+        parts = self.parts
+        start = self.start()
+        if self.shows:
+            display.say("compiling, and evaluating the untrained network")
+        masks, first = parts.measured(start.state)
+        start = start._replace(masks=masks)
+        checkpoints = self.workdir.checkpoints()
+        restored = checkpoints.restore(start)
+        step, progress = restored or (0, start)
+        progress = progress._replace(seconds=float(progress.seconds))
+        finished = step // parts.epochs.steps + 1 if restored else 0
+        self.workdir.cut_records(step if restored else -1, epochs=finished)
+        self.stop_before_training(step)
+        with display.Display(parts.last_step, step, parts.config.epochs, quiet=not self.shows) as shown:
+            if restored:
+                shown.say(f"resumed from step {step} of {parts.last_step} in {self.workdir.path}")
+            else:
+                shown.epoch(self.workdir.append({"epoch": 0, "step": 0, **first}))
+            advance = stepper.over(parts.stepper, parts.epochs, leaf_key(parts.key, "order"))
+            at_once = max(REPORT_EVERY, parts.stepper.steps_per_call)
+            progress = train(advance, progress, step, parts.last_step, self.events(shown, checkpoints), at_once)
+        return self.finish(progress)
 
-    checkpoints = workdir.checkpoints()
-    restored = checkpoints.restore(progress)
-    step, (state, totals, masks, seconds) = restored or (0, progress)
-    seconds = float(seconds)
-    workdir.cut_records(step if restored else -1, epochs=step // steps_per_epoch + 1 if restored else 0)
-    with display.Display(last_step, step, config.epochs, quiet=not shows) as shown:
-        if restored:
-            shown.say(f"resumed from step {step} of {last_step} in {workdir.path}")
-        else:
-            shown.epoch(workdir.append({"epoch": 0, "step": 0, **first}))
-        while step < last_step:
-            epoch = step // steps_per_epoch
-            begins, ends = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-            order = epoch_order(leaf_key(key, "order"), epoch, examples, config.batch_size)
-            while step < ends:
-                save_at = _next(config.checkpoint_every, step)
-                update_at = _next(task.update_every, step) if task.update else last_step + 1
-                stop = min(ends, save_at, update_at, step + max(REPORT_EVERY, advance.steps_per_call))
-                state, totals, elapsed = advance(state, totals, order, step - begins, stop - begins)
-                step, seconds = stop, seconds + elapsed
-                stop_if_not_finite(totals, getattr(state.subnet, task.learns), workdir)
-                if step == update_at:
-                    batch = batch_at(dataset, order, step - 1 - begins)
-                    state = layout.place(task.update(step, layout.whole(state), batch))
-                figures = train_figures(totals)
-                rate = (epoch * examples + figures["examples"]) / seconds
-                shown.step(step, epoch + 1, figures, rate)
-                if step == ends:
-                    new_masks, held_figures = measured(state.subnet)
-                    record = {
-                        "epoch": epoch + 1,
-                        "step": step,
-                        "train_loss": figures["loss"],
-                        "train_accuracy": figures["accuracy"],
-                        **held_figures,
-                        "flips": count_flips(masks, new_masks),
-                        "learning_rate": float(rate_at(step - 1)),
-                        "train_seconds": seconds,
-                        "images_per_second": rate,
-                    }
-                    shown.epoch(workdir.append(record))
-                    masks, totals = new_masks, layout.replicate(zero_totals())
-                leaves = processes.any_of(asked())
-                if step in (save_at, last_step) or leaves:
-                    spent = layout.replicate(np.float32(processes.of_first(seconds)))
-                    checkpoints.save(step, Progress(state, totals, masks, spent))
-                if leaves:
-                    stop_unless_done(step, last_step, workdir)
+    def stop_before_training(self, step: int) -> None:
+        """Raises Interrupted if a signal came while all was made ready; nothing is lost then."""
+        if processes.any_of(self.stop_requested()):
+            raise Interrupted(f"stopped by a signal at step {step} of {self.parts.last_step} in {self.workdir.path}.")
 
-    test = Held("test", dataset.test_images, dataset.test_labels)
-    _, params = evaluator.found(state.subnet)
-    figures = evaluator.figures(params, test) | evaluator.sampled_figures(state.subnet, test, samples)
-    subnet, masks = layout.whole((state.subnet, masks))
-    figures |= sizes(model, weights, masks, dataset.train_images.shape[1:])
-    if config.judge:
-        others = {"noise": noise_like(dataset, config.seed)}
-        others |= {strangers.name: strangers.test_images} if strangers else {}
-        figures |= evaluator.judge(params, test, others)
-        figures["gradient_flow"] = [record["gradient_flow"] for record in workdir.records()]  # epochs from 0 on
-    summary = _summary(config, dataset, workdir, layout, figures, seconds, advance.compile_seconds)
+    def start(self) -> Progress:
+        """Before the first step, on the devices; the masks are not counted yet."""
+        parts, place, method = self.parts, self.parts.placement, self.parts.method
+        key, model_state = leaf_key(parts.key, "train"), parts.initial[1]
+        state = place.place(sm.init_state(method.subnet, parts.tx, key, model_state, learns=method.learns))
+        return Progress(state, place.replicate(stepper.zero_totals()), None, place.replicate(jnp.float32(0)))
 
-    def draw():
-        if shows:
-            from experiments.plots import one_run as plots  # here: a process that draws nothing starts sooner without
+    def events(self, shown: display.Display, checkpoints: Checkpoints) -> list[Event]:
+        """What happens between steps, in its order."""
+        parts = self.parts
+        rate_at, path = jax.jit(parts.schedule), self.workdir.path
 
-            plots.draw_run(workdir.path, summary, workdir.records(), subnet, masks)
+        def guard(step: int, progress: Progress, batch: Batch) -> Progress:
+            stop_if_not_finite(progress.totals, getattr(progress.state.subnet, parts.method.learns), path)
+            return progress
 
-    workdir.finish(summary, draw)
-    return summary
+        def update(step: int, progress: Progress, batch: Batch) -> Progress:
+            state = parts.method.update(step, parts.placement.whole(progress.state), batch)
+            return progress._replace(state=parts.placement.place(state))
 
+        def report(step: int, progress: Progress, batch: Batch) -> Progress:
+            shown.step(step, -(-step // parts.epochs.steps), *self.train_figures(step, progress))
+            return progress
 
-def make_driver(config, task, make_loss, tx, dataset: data.Dataset, layout: Layout) -> Driver | PmapDriver:
-    """What trains a task: by jit over the layout's mesh, or by pmap."""
-    if config.parallel == "pmap":
-        loss_fn = make_loss(config.shift, axis_name=parallel.AXIS)
-        step = parallel.pmap_step(task.forward, loss_fn, tx, learns=task.learns, devices=layout.size, donate=True)
-        return PmapDriver(step, task.learns, dataset, layout)
-    step = sm.make_train_step(task.forward, layout.loss(make_loss(config.shift)), tx, learns=task.learns)
-    return Driver(step, task.learns, dataset, recipe.steps_per_call(config), layout)
+        def evaluate(step: int, progress: Progress, batch: Batch) -> Progress:
+            figures, rate = self.train_figures(step, progress)
+            masks, measured = parts.measured(progress.state)
+            record = {
+                "epoch": step // parts.epochs.steps,
+                "step": step,
+                "train_loss": figures["loss"],
+                "train_accuracy": figures["accuracy"],
+                **measured,
+                "flips": summary.count_flips(progress.masks, masks),
+                "learning_rate": float(rate_at(step - 1)),
+                "train_seconds": progress.seconds,
+                "images_per_second": rate,
+            }
+            shown.epoch(self.workdir.append(record))
+            return progress._replace(masks=masks, totals=parts.placement.replicate(stepper.zero_totals()))
 
+        def save(step: int, progress: Progress, batch: Batch) -> Progress:
+            seconds = np.float32(processes.of_first(progress.seconds))
+            checkpoints.save(step, progress._replace(seconds=parts.placement.replicate(seconds)))
+            return progress
 
-def _next(every: int, step: int) -> int:
-    """The first multiple of `every` after `step`."""
-    return step - step % every + every
+        updates = [Event(every(parts.method.update_every), update)] if parts.method.update else []
+        return [
+            Event(None, guard),
+            *updates,
+            Event(None, report),
+            Event(every(parts.epochs.steps), evaluate),
+            *saving(save, parts.config.output.checkpoint_every, parts.last_step, self.stop_requested, path),
+        ]
 
+    def train_figures(self, step: int, progress: Progress) -> tuple[dict[str, float], float]:
+        """({"loss", "accuracy"} over the epoch so far, images per second of the run so far)."""
+        count = float(progress.totals["count"])
+        figures = {name: float(progress.totals[of]) / count for name, of in (("loss", "loss"), ("accuracy", "correct"))}
+        epochs = self.parts.epochs
+        before = (step - 1) // epochs.steps * epochs.seen
+        return figures, (before + count) / progress.seconds
 
-def _summary(config, dataset, workdir, layout, figures, seconds, compile_seconds) -> dict:
-    layers = figures["layers"]
-    steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
-    tested = [r["test_accuracy"] for r in workdir.records() if "test_accuracy" in r and r["epoch"] > 0]
-    return {
-        "method": config.method,
-        "dataset": dataset.name,
-        "model": config.model,
-        "density": sum(v["kept"] for v in layers.values()) / sum(v["size"] for v in layers.values()),
-        **figures,
-        "best_test_accuracy": max([figures["test_accuracy"], *tested]),  # over epochs: optimistic, for no headline
-        "epochs": config.epochs,
-        "steps": config.epochs * steps_per_epoch,
-        "train_seconds": seconds,
-        "images_per_second": config.epochs * len(dataset.train_labels) / seconds,
-        "compile_seconds": compile_seconds,
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
-        "devices": layout.size,
-        "processes": jax.process_count(),
-        "versions": versions(),
-        "seed": config.seed,
-        "config": workdir.config(),
-        "data_source": dataset.source,
-    }
+    def finish(self, progress: Progress) -> dict:
+        """Measures the network at the end, draws the pictures and writes the summary."""
+        parts = self.parts
+        state, test = progress.state, Split("test", parts.dataset.test)
+        _, params = parts.evaluator.masked(state.subnet)
+        figures = self.last_figures() or parts.evaluator.figures(params, state.model_state, test)
+        figures |= parts.evaluator.sampled_figures(state.subnet, state.model_state, test, parts.sample_keys)
+        subnet, masks = parts.placement.whole((state.subnet, progress.masks))
+        figures |= summary.sizes(parts.network, *parts.initial, masks)
+        if parts.config.evaluation.assess:
+            others = {"noise": noise_like(parts.dataset, parts.config.seed)}
+            others |= {self.ood.name: self.ood.test} if self.ood else {}
+            figures |= parts.evaluator.assess(params, state.model_state, test, others)
+            figures["gradient_flow"] = [record["gradient_flow"] for record in self.workdir.records()]  # from epoch 0 on
+        result = self.summary(figures, progress.seconds)
 
+        def draw():
+            if self.shows:
+                from experiments.plots import one_run  # here: a process that draws nothing starts sooner without
 
-def stop_if_not_finite(totals: dict[str, jax.Array], learner: Tree, workdir: Workdir) -> None:
-    """Raises Diverged if a step was not finite, naming it and the layer. Nothing is saved after it."""
-    step, leaf = int(totals["bad_step"]), int(totals["bad_leaf"])
-    if step >= 0:
-        what = "the loss" if leaf < 0 else list(by_path(learner))[leaf]
-        raise Diverged(
-            f"{what} is not finite (NaN or infinity) at step {step}. The checkpoints in {workdir.path} are from before "
-            "it. Try a lower --learning-rate with another --workdir."
-        )
+                trees = (
+                    {path: np.asarray(leaf, np.float32) for path, leaf in by_path(tree).items()}
+                    for tree in (*subnet, masks)
+                )
+                one_run.draw_run(self.workdir.path, result, self.workdir.records(), *trees)
 
+        self.workdir.finish(result, draw)
+        return result
 
-def stop_unless_done(step: int, last_step: int, workdir: Workdir) -> None:
-    """Raises Interrupted, of a run that was asked to stop; what is saved is at this step."""
-    if step < last_step:
-        raise Interrupted(f"stopped as asked; saved at step {step} of {last_step} in {workdir.path}.")
+    def last_figures(self) -> dict:
+        """The test figures of the last epoch, if epochs are evaluated on the test set."""
+        record = self.workdir.records()[-1]
+        return {name: record[name] for name in ("test_loss", "test_accuracy") if name in record}
 
-
-def count_flips(before: Tree, after: Tree) -> dict[str, int]:
-    """{path: number of mask bits that differ}."""
-    old = by_path(before)
-    return {path: int(jnp.count_nonzero(m != old[path])) for path, m in by_path(after).items()}
-
-
-def class_sample(dataset: data.Dataset, key: jax.Array, per_class: int) -> dict[str, np.ndarray]:
-    """A batch of training images: at random so many of each class, in the order of the classes."""
-    order = np.asarray(jax.random.permutation(key, len(dataset.train_labels)))
-    labels = dataset.train_labels[order]
-    chosen = np.concatenate([order[labels == c][:per_class] for c in range(dataset.classes)])
-    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
-    return {"image": images, "label": labels, "weight": np.ones(len(chosen), np.float32)}
-
-
-def sizes(model, weights: Tree, masks: Tree, image_shape: tuple[int, ...]) -> dict:
-    """ "layers": {path: how many weights are kept}, "parameters", and "flops" of one image's way through."""
-    layers = {
-        path: {"size": size, "kept": kept, "density": kept / size}
-        for path, (kept, size) in layer_counts(weights, masks).items()
-    }
-    flops = metrics.flops(lambda params, images: model.apply({"params": params}, images), weights, masks, image_shape)
-    return {"layers": layers, "parameters": metrics.parameter_count(weights, masks), "flops": flops}
-
-
-def layer_counts(weights: Tree, masks: Tree) -> dict[str, tuple[int, int]]:
-    """{path: (kept, size)} of every prunable leaf; where there are no masks, all of every kernel is kept."""
-    if jax.tree.leaves(masks):
-        return ones_and_sizes(masks)
-    kernels = {path: leaf.size for path, leaf in by_path(weights).items() if sm.is_kernel(path, leaf)}
-    return {path: (size, size) for path, size in kernels.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("supermask-jax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    def summary(self, figures: dict, seconds: float) -> dict:
+        """What summary.json holds."""
+        parts = self.parts
+        config, dataset = parts.config, parts.dataset
+        tested = [r["test_accuracy"] for r in self.workdir.records() if "test_accuracy" in r and r["epoch"] > 0]
+        return {
+            "method": config.masks.method,
+            "dataset": dataset.name,
+            "model": config.model.model,
+            **figures,
+            "best_test_accuracy": max([figures["test_accuracy"], *tested]),  # over epochs: optimistic, for no headline
+            "epochs": config.epochs,
+            "steps": parts.last_step,
+            "train_seconds": seconds,
+            "images_per_second": config.epochs * parts.epochs.seen / seconds,
+            "compile_seconds": parts.stepper.compile_seconds,
+            "device": summary.machine(),
+            "devices": parts.placement.size,
+            "processes": jax.process_count(),
+            "versions": summary.versions(),
+            "seed": config.seed,
+            "config": self.workdir.config(),
+            "data_source": dataset.source,
+        }

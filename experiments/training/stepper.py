@@ -1,58 +1,129 @@
-"""Train steps over the images of a data set: compiled for the backend, in a fixed order, without waiting for the host.
+"""Train steps over the examples of a source, in a fixed order, compiled for the backend, without waiting for the host.
 
-How the step is driven differs by backend: on a CPU one compiled call per step, because XLA's CPU backend runs the
-gradients of convolutions inside a loop many times slower (jax issue 12868); elsewhere, and for networks without
-convolutions, many steps per call, with the images on the device.
+A stepper does steps of one epoch. Images in memory are put on the devices once, and indices travel (`OnDevice`); under
+pmap, and from a source that is read as it is needed, batches travel (`Pmapped`, `Streamed`).
+How many steps one compiled call does differs by backend: on a CPU one, because XLA's CPU backend runs the gradients of
+convolutions inside a loop many times slower (jax issue 12868); elsewhere, and for networks without convolutions, many.
 """
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments.data import load as data
-from experiments.run.placement import Layout
-from supermask_jax.trees import Tree
+from experiments.data.batches import epoch_order
+from experiments.data.source import Arrays, Source
+from experiments.run.placement import Placement
+from experiments.training.loop import Advance, Batch, Progress
+from supermask_jax import parallel
+from supermask_jax.trees import Tree, prunable
 
 STEPS_PER_CALL = {"cpu": 1}
 STEPS_PER_CALL_ELSEWHERE = 100
-CPU_OPTIONS = {  # the defaults of jaxlib 0.10 make ...
-    "xla_cpu_experimental_ynn_fusion_type": "",  # ... convolutions 2 to 3 times slower
-    "xla_cpu_use_fusion_emitters": False,  # ... the whole step 10 % slower
-    "xla_backend_optimization_level": 1,  # ... compilation twice as long, and the step no faster
-}
+STEPS_PER_CALL_DENSE = 50  # of networks without convolutions, on every backend
+
+Order = tuple[np.ndarray, np.ndarray]  # int32 [steps, batch] indices, float32 [steps, batch] weights
 
 
-class Driver:
-    """Runs train steps over the images, which stay on the devices.
+class Epochs(NamedTuple):
+    """How the examples of a source make up epochs."""
 
-    Called with (state, totals, order, start, stop) it does the steps of `order` from start to stop and returns the
-    new state and totals, and the seconds that it took without compiling. The state that goes in is donated.
+    examples: int
+    batch_size: int
+    drop_remainder: bool = False  # where padding would enter batch statistics
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.seen // self.batch_size if self.drop_remainder else -(-self.examples // self.batch_size)
+
+    @property
+    def seen(self) -> int:
+        """Examples that an epoch trains on."""
+        return self.examples - self.examples % self.batch_size if self.drop_remainder else self.examples
+
+    def order(self, key: jax.Array, epoch: int) -> Order:
+        """Which examples each step of an epoch sees: a function of (key, epoch) only."""
+        return epoch_order(key, epoch, self.examples, self.batch_size, self.drop_remainder)
+
+
+class Stepper(Protocol):
+    """Does the steps of `order` from `start` to `stop`; the state and totals that go in are given away.
+
+    Returns the new state and totals, the seconds that it took without compiling, and the last step's batch.
+    """
+
+    steps_per_call: int
+    compile_seconds: float
+
+    def __call__(
+        self, state: sm.TrainState, totals: dict, order: Order, start: int, stop: int
+    ) -> tuple[sm.TrainState, dict, float, Batch]: ...
+
+
+def over(stepper: Stepper, epochs: Epochs, key: jax.Array) -> Advance:
+    """The `Advance` of the training loop that does a stepper's steps, epoch after epoch, in the order of a key."""
+    last = {}  # the order of one epoch: the next call most often wants it again
+
+    def advance(progress: Progress, step: int, stop: int) -> tuple[Progress, Batch]:
+        batch: Batch = {}
+        while step < stop:
+            epoch, start = divmod(step, epochs.steps)
+            if epoch not in last:
+                last.clear()
+                last[epoch] = epochs.order(key, epoch)
+            end = min(start + stop - step, epochs.steps)
+            state, totals, seconds, batch = stepper(progress.state, progress.totals, last[epoch], start, end)
+            progress = progress._replace(state=state, totals=totals, seconds=progress.seconds + seconds)
+            step += end - start
+        return progress, batch
+
+    return advance
+
+
+def make_stepper(
+    step: Callable, learns: str, source: Source, placement: Placement, steps_per_call: int | None = None
+) -> "OnDevice | Streamed":
+    """The stepper for a source: in memory, or read as it is needed; arguments as in `OnDevice`."""
+    if isinstance(source, Arrays):
+        return OnDevice(step, learns, source, placement, steps_per_call)
+    return Streamed(step, learns, source, placement)
+
+
+def steps_per_call(weights: Tree) -> int | None:
+    """How many steps to compile into one call for these weights; None for the backend's own number."""
+    return None if any(len(shape) > 2 for shape in prunable(weights).values()) else STEPS_PER_CALL_DENSE
+
+
+class OnDevice:
+    """`Stepper` over images that stay on the devices.
 
     Args:
-      step: of `make_train_step`; its metrics are sums, but for the loss.
+      step: of `make_train_step`; its metrics are sums, except for the loss.
       learns: the tree that is watched for what is not finite.
-      dataset: the images; `order` counts the training images.
-      steps_per_call: how many steps are compiled into one; the backend's number, if None.
-      layout: where the state lies; the order's batches are split over its devices. One device, if None.
+      source: the images.
+      placement: where the state is; the batches are split over its devices. One device, if None.
+      steps_per_call: how many steps are compiled into one call; the backend's number, if None.
     """
 
     def __init__(
         self,
         step: Callable,
         learns: str,
-        dataset: data.Dataset,
+        source: Arrays,
+        placement: Placement | None = None,
         steps_per_call: int | None = None,
-        layout: Layout | None = None,
     ):
         self.steps_per_call = steps_per_call or STEPS_PER_CALL.get(jax.default_backend(), STEPS_PER_CALL_ELSEWHERE)
         self.compile_seconds = 0.0
-        self._layout, self._learns = layout or Layout(), learns
-        self._images = self._layout.replicate((dataset.train_images, dataset.train_labels))
+        self._placement, self._source = placement or Placement(), source
+        self._images = self._placement.replicate((source.images, source.labels))
         self._compiled, self._order, self._placed = {}, None, None
 
         def one(carry, images, chosen):
@@ -70,80 +141,150 @@ class Driver:
 
         self._many = many
 
-    def __call__(self, state, totals, order, start: int, stop: int) -> tuple[sm.TrainState, dict, float]:
+    def __call__(self, state, totals, order, start: int, stop: int):
         if order is not self._order:  # of a new epoch
-            self._order, self._placed = order, tuple(self._layout.split(part, axis=1) for part in order)
-        seconds = 0.0
-        while start < stop:
+            self._order, self._placed = order, tuple(self._placement.split(part, axis=1) for part in order)
+        seconds, at = 0.0, start
+        while at < stop:
             # Two lengths of call and no others: each one is compiled.
-            steps = self.steps_per_call if stop - start >= self.steps_per_call else 1
-            arguments = (state, totals, self._images, self._placed, np.int32(start))
+            steps = self.steps_per_call if stop - at >= self.steps_per_call else 1
+            arguments = (state, totals, self._images, self._placed, np.int32(at))
             run = self._compile(steps, arguments)
             began = time.perf_counter()
             state, totals = run(*arguments)
             seconds += time.perf_counter() - began
-            start += steps
+            at += steps
         began = time.perf_counter()
         jax.block_until_ready(totals)
-        return state, totals, seconds + time.perf_counter() - began
+        seconds += time.perf_counter() - began
+        return state, totals, seconds, _read(self._source, order, stop - 1)
 
     def _compile(self, steps: int, arguments: tuple) -> Callable:
         kind = steps, arguments[3][0].shape
         if kind not in self._compiled:
             began = time.perf_counter()
-            out = self._layout.shardings(arguments[0]), self._layout.everywhere
-            self._compiled[kind] = compile_for_backend(partial(self._many, steps), arguments, (0, 1), out)
+            out = self._placement.shardings(arguments[0]), self._placement.everywhere
+            function = sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out)
+            self._compiled[kind] = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
         return self._compiled[kind]
 
 
-class PmapDriver:
-    """`Driver` for a step of `parallel.pmap_step`: one call of it for each step, with this process's share of a batch.
+class Streamed:
+    """`Stepper` over a source that is read as it is needed: while a step runs, the next batches are read.
+
+    In several processes, each reads its share of every batch.
 
     Args:
-      step: of `pmap_step`, on all devices of the layout, with metrics that are sums, but for the loss.
-      learns, dataset, layout: as for `Driver`.
+      step, learns, source, placement: as in `OnDevice`.
+    """
+
+    steps_per_call = 1
+    AHEAD = 4  # batches that are read before they are needed
+
+    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
+        self.compile_seconds = 0.0
+        self._source, self._placement, self._compiled = source, placement, None
+        self._reader = ThreadPoolExecutor(1)
+
+        def one(state, totals, batch):
+            at = state.step
+            state, metrics = step(state, batch)
+            return state, add_to_totals(totals, metrics, getattr(state.subnet, learns), at)
+
+        self._one = one
+
+    def __call__(self, state, totals, order, start: int, stop: int):
+        seconds, batch = 0.0, {}
+        read = partial(self._reader.submit, self._share, order)
+        waiting = [read(at) for at in range(start, min(start + self.AHEAD, stop))]
+        for at in range(start, stop):
+            batch = waiting.pop(0).result()
+            if at + self.AHEAD < stop:
+                waiting.append(read(at + self.AHEAD))
+            arguments = state, totals, parallel.shard_batch(self._placement.mesh, batch)
+            run = self._compile(arguments)
+            began = time.perf_counter()
+            state, totals = run(*arguments)
+            jax.block_until_ready(totals)
+            seconds += time.perf_counter() - began
+        return state, totals, seconds, batch
+
+    def _share(self, order: Order, at: int) -> Batch:
+        return _read(self._source, tuple(map(_of_process, order)), at)
+
+    def _compile(self, arguments: tuple) -> Callable:
+        if self._compiled is None:
+            began = time.perf_counter()
+            out = self._placement.shardings(arguments[0]), self._placement.everywhere
+            function = sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out)
+            self._compiled = function.lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self._compiled
+
+
+class Pmapped:
+    """`Stepper` for a step of `parallel.pmap_step`: one call for each step, with this process's share of a batch.
+
+    Args:
+      step: of `pmap_step`, on all devices of the placement, with metrics that are sums, except for the loss.
+      learns, source, placement: as in `OnDevice`.
     """
 
     steps_per_call = 1
 
-    def __init__(self, step: Callable, learns: str, dataset: data.Dataset, layout: Layout):
+    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
         self.compile_seconds = 0.0
-        self._step, self._learns, self._layout = step, learns, layout
-        self._images = dataset.train_images, dataset.train_labels
+        self._step, self._learns, self._placement, self._source = step, learns, placement, source
 
         def add(totals, metrics, learner, at):
-            sums = {name: value * layout.size for name, value in metrics.items() if name != "loss"}  # means of devices
+            # pmap gives the devices' means.
+            sums = {name: value * placement.size for name, value in metrics.items() if name != "loss"}
             return add_to_totals(totals, {**metrics, **sums}, learner, at)
 
         self._add = jax.jit(add, donate_argnums=0)
 
-    def __call__(self, state, totals, order, start: int, stop: int) -> tuple[sm.TrainState, dict, float]:
-        state, totals = self._layout.local((state, totals))
+    def __call__(self, state, totals, order, start: int, stop: int):
+        state, totals = self._placement.local((state, totals))
+        share = tuple(map(_of_process, order))
         began, compiling = time.perf_counter(), not self.compile_seconds
-        for index in range(start, stop):
-            state, metrics = self._step(state, _batch(self._images, *(self._share(part[index]) for part in order)))
+        for at in range(start, stop):
+            state, metrics = self._step(state, _read(self._source, share, at))
             totals = self._add(totals, metrics, getattr(state.subnet, self._learns), state.step - 1)
             if compiling:
                 jax.block_until_ready(totals)
                 self.compile_seconds, compiling = time.perf_counter() - began, False
                 began = time.perf_counter()
         jax.block_until_ready(totals)
-        state, totals = self._layout.everyones((state, totals))
-        return state, totals, time.perf_counter() - began
-
-    def _share(self, part: np.ndarray) -> np.ndarray:
-        return part.reshape(jax.process_count(), -1)[jax.process_index()]
+        state, totals = self._placement.as_global((state, totals))
+        return state, totals, time.perf_counter() - began, _read(self._source, order, stop - 1)
 
 
-def batch_at(dataset: data.Dataset, order, index: int) -> dict[str, np.ndarray]:
-    """The batch that the step of that index in `order` sees."""
-    return _batch((dataset.train_images, dataset.train_labels), *(part[index] for part in order))
+def _of_process(part: np.ndarray) -> np.ndarray:
+    """[steps, batch / processes]: this process's share of every batch of an order."""
+    steps, batch = part.shape
+    return part.reshape(steps, jax.process_count(), batch // jax.process_count())[:, jax.process_index()]
 
 
-def _batch(images, indices, weight) -> dict:
+def _read(source: Source, order: Order, at: int) -> Batch:
+    """The batch of the step of that index in `order`."""
+    indices, weights = order
+    return {**source.read(indices[at]), "weight": weights[at]}
+
+
+def _batch(images, indices, weight) -> Batch:
     images, labels = images
     return {"image": images[indices], "label": labels[indices], "weight": weight}
+
+
+def zero_totals() -> dict[str, jax.Array]:
+    """The sums over the steps before the first: "loss", "correct" and "count".
+
+    "bad_step" is the first step that was not finite, or -1. "bad_leaf" is the place of the first leaf of what learns
+    that was not finite after it, or -1 if only the loss was not.
+    """
+    sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+    return sums | {"bad_step": jnp.int32(-1), "bad_leaf": jnp.int32(-1)}
 
 
 def add_to_totals(totals: dict, metrics: dict, learner: Tree, at) -> dict[str, jax.Array]:
@@ -157,59 +298,6 @@ def add_to_totals(totals: dict, metrics: dict, learner: Tree, at) -> dict[str, j
         "bad_step": jnp.where(is_first, at, totals["bad_step"]),
         "bad_leaf": jnp.where(is_first, leaf, totals["bad_leaf"]),
     }
-
-
-def compile_for_backend(
-    function: Callable, arguments: tuple, donate: tuple[int, ...] = (), out_shardings: Tree = None
-) -> Callable:
-    """`function` compiled for these arguments, on a CPU with the options that make its convolutions fast."""
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    compiled = partial(jax.jit, function, donate_argnums=donate, out_shardings=out_shardings)
-    try:
-        return compiled(compiler_options=options).lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return compiled().lower(*arguments).compile()  # a compiler without the option
-
-
-def compiling(function: Callable, out_shardings: Tree = None) -> Callable:
-    """`function`, compiled for the backend when it is first called with arguments of some shapes and places."""
-    compiled = {}
-
-    def call(*arguments):
-        leaves = [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves(arguments)]
-        kind = (jax.tree.structure(arguments), *leaves)
-        if kind not in compiled:
-            compiled[kind] = compile_for_backend(function, arguments, out_shardings=out_shardings)
-        return compiled[kind](*arguments)
-
-    return call
-
-
-def epoch_order(key: jax.Array, epoch: int, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which images each step of an epoch sees: int32 [steps, batch] indices and float32 [steps, batch] weights.
-
-    A new permutation for each epoch, a function of (key, epoch) alone. The last batch is padded with weight 0.
-    """
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), examples), np.int32)
-    padding = -examples % batch_size
-    weights = np.concatenate([np.ones(examples, np.float32), np.zeros(padding, np.float32)])
-    order = np.concatenate([order, np.zeros(padding, np.int32)])
-    return order.reshape(-1, batch_size), weights.reshape(-1, batch_size)
-
-
-def zero_totals() -> dict[str, jax.Array]:
-    """The sums over an epoch's steps before its first; `bad_step` is the first that was not finite, or -1, and
-    `bad_leaf` the place of the first such leaf of what learns then, or -1 for the loss alone."""
-    sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
-    return sums | {"bad_step": jnp.int32(-1), "bad_leaf": jnp.int32(-1)}
-
-
-def train_figures(totals: dict[str, jax.Array]) -> dict[str, float]:
-    """Means over the epoch so far."""
-    count = float(totals["count"])
-    return {"loss": float(totals["loss"]) / count, "accuracy": float(totals["correct"]) / count, "examples": count}
 
 
 def first_not_finite(tree: Tree) -> jax.Array:
