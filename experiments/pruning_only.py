@@ -1,37 +1,34 @@
 """Is pruning all you need? Width and depth decide: `python -m experiments.pruning_only`.
 
 Two halves after Malach et al. 2020. Constructive: a trained MLP is approximated by choosing, for each of its weights, a
-subset of the random products of a wider random network; that takes a minute, and is computed anew. Learned: what
-edge-popup finds in networks of several widths, depths and training sets. Each learned cell is a run of
-`experiments.mnist`; interrupted or widened, a sweep goes on with the cells that are there.
+subset of the random products of a wider random network. That takes a minute, and is computed each time. Learned: the
+subnetworks that edge-popup learns in networks of several widths, depths and training sets. Each learned cell is a run
+of `experiments.mnist`. An interrupted or widened sweep resumes with the cells that are missing.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.config.flags import parser
+from experiments.config.sections import Data
+from experiments.config.settings import flat
 from experiments.run import command_line
 from experiments.run.errors import require
+from experiments.sweeps.sizes import FAMILIES
 
-Part = Literal["construction", "width", "depth", "narrow", "data"]
-Family = Literal["mlp", "cnn"]
-
-WIDTHS = {"mlp": (10, 30, 100, 300, 1000), "cnn": (8, 16, 32)}
-DEPTHS = {"mlp": (1, 2, 4, 8), "cnn": (2, 4, 8)}
-PARAMETERS = {"mlp": 100_000, "cnn": 10_000}  # at every depth of the part "depth"
-NARROW = {"mlp": 20, "cnn": 8}  # width at every depth of the part "narrow"
-USUAL = {"mlp": (100, 2), "cnn": (16, 3)}  # width and depth of the part "data", depth of the part "width"
-TRAIN_IMAGES = (1_000, 4_000, 15_000, 60_000)
+PROG = "python -m experiments.pruning_only"
+PARTS = ("construction", "width", "depth", "narrow", "data")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Pruning is all you need (Malach et al. 2020): by construction, and as edge-popup finds it."""
+    """Pruning is all you need (Malach et al. 2020): by construction, and learned by edge-popup."""
 
-    parts: tuple[Part, ...] = ("construction", "width", "depth", "narrow", "data")
-    """construction: approximate a trained 784-32-10 MLP. The others, of edge-popup, against: width, for subnetworks of
-    weights and of neurons; depth at one number of parameters; depth at one narrow width; the number of training
-    images, at one number of steps."""
-    families: tuple[Family, ...] = ("mlp", "cnn")
+    parts: tuple[Literal[*PARTS], ...] = PARTS
+    """construction: approximate a trained 784-32-10 MLP. The others train edge-popup. width: subnetworks of weights and
+    of neurons, by width; depth: by depth at equal parameters; narrow: by depth at one narrow width; data: by the number
+    of training images at equal steps."""
+    families: tuple[Literal[*FAMILIES], ...] = tuple(FAMILIES)
     """Networks of dense layers, and of convolutions."""
     construction_widths: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
     """Random products to choose from for each weight of the target."""
@@ -40,15 +37,12 @@ class Config:
     seeds: int = 3
     """Repetitions, with the seeds 0, 1, ..."""
     epochs: int = 3
-    """Passes over the training images, of each run; more over fewer images, so that the steps are as many."""
+    """Passes over the training images, of each run. Over fewer images there are more, so that the steps are equal."""
     batch_size: int = 128
     """Images per step."""
-    dataset: Literal["auto", "mnist", "mnist-5k", "fashion_mnist", "kmnist", "idx"] = "auto"
-    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. idx: any set in MNIST's format."""
-    data_dir: str | None = None
-    """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""
     workdir: str = "runs/pruning_only"
     """Where the pictures and the figures go. Cells go into cells/ beside it, and are shared by all sweeps there."""
+    data: Data = Data()
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -62,108 +56,36 @@ class Config:
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
         )
+        self.data.check()
 
 
 def main(config: Config) -> dict:
-    """Runs, or finishes, every part, draws the pictures and returns what it writes to summary.json."""
-    from experiments.plots.style import save
-    from experiments.sweeps import cells
-    from experiments.sweeps import construction as target
+    """Trains, or finishes, every part, draws the pictures and returns what it writes to summary.json."""
+    from experiments.plots import lines, style, sweeps  # here, so that --help answers at once
+    from experiments.sweeps import cells, construction, display
+    from experiments.sweeps.learned import Learned
+    from experiments.training.images import splits
 
-    dataset = cells.open_data(config)
-    built = target.construct(config, dataset) if "construction" in config.parts else {}
-    path, summary = cells.carry_out(config, grid(config, len(dataset.train_labels)), dataset, construction=built)
-    rows = summary["rows"]
+    dataset = cells.open_data(config.data)
+    trained_on, _ = splits(config.data, dataset)
+    shared = {"density": config.density, "batch_size": config.batch_size, **flat(config.data)}
+    about = len(trained_on.train), dataset.image_shape, dataset.classes
+    grid = Learned(*about, config.epochs, config.seeds, shared).grid(config.families, config.parts)
+    built = {}
+    if "construction" in config.parts:
+        built = construction.construct(config.construction_widths, config.seeds, trained_on)
+    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, construction=built)
     if built:
-        save(target.draw(summary), path / "construction.png")
-    if rows:
-        save(draw_learned(summary), path / "learned.png")
-    for part, x in AXES.items():
-        chosen = [row for row in rows if row["part"] == part]
-        if chosen:
-            title = f"test accuracy on {dataset.name}, edge-popup, by {x[1]}"
-            cells.show_table(title, cells.grouped(chosen, "name", x[0], "test_accuracy"), "network")
+        style.save(sweeps.construction(summary), path / "construction.png")
+    if summary["rows"]:
+        style.save(sweeps.learned(summary), path / "learned.png")
+    for part, (x, label) in sweeps.PARTS.items():
+        groups = lines.grouped([row for row in summary["rows"] if row["part"] == part], "name", x, "test_accuracy")
+        if groups:
+            display.show_table(f"test accuracy of edge-popup on {dataset.name}, by {label}", groups, "network")
     print(f"figures and pictures: {path}")
     return summary
 
 
-AXES = {
-    "width": ("width", "units or channels of each hidden layer"),
-    "depth": ("depth", "hidden layers, as many parameters at each depth"),
-    "narrow": ("depth", "hidden layers, all narrow"),
-    "data": ("train_images", "training images, as many steps with each"),
-}
-
-
-def grid(config: Config, examples: int) -> list:
-    """The cells of the learned parts, for a training set of so many images."""
-    from experiments.sweeps import cells
-
-    found = []
-
-    def add(part: str, family: str, name: str, width: int, depth: int, **more) -> None:
-        images = more.get("train_images", 0) or examples
-        labels = {"part": part, "name": name, "width": width, "depth": depth, "train_images": images}
-        shared = {"model": family, "density": config.density, "batch_size": config.batch_size}
-        epochs = round(config.epochs * examples / images)
-        for seed in range(config.seeds):
-            settings = {**shared, "epochs": epochs, **more, "width": width, "depth": depth, "seed": seed}
-            found.append(cells.cell(labels, "edge-popup", **settings))
-
-    for family in dict.fromkeys(config.families):
-        width, depth = USUAL[family]
-        if "width" in config.parts:
-            for unit in ("weight", "neuron"):
-                for w in WIDTHS[family]:
-                    add("width", family, f"{family}, {unit}s", w, depth, unit=unit)
-        if "depth" in config.parts:
-            for d in DEPTHS[family]:
-                add("depth", family, f"{family}, {PARAMETERS[family]:,} parameters", width_for(family, d), d)
-        if "narrow" in config.parts:
-            for d in DEPTHS[family]:
-                add("narrow", family, f"{family}, width {NARROW[family]}", NARROW[family], d)
-        if "data" in config.parts:
-            for count in (*(n for n in TRAIN_IMAGES if n < examples), 0):
-                add("data", family, f"{family}, {depth} layers of {width}", width, depth, train_images=count)
-    return found
-
-
-def width_for(family: str, depth: int) -> int:
-    """The width at which a network of that depth, on MNIST's images, has the part's number of parameters, nearly."""
-    inputs, square, outputs = (784, 1, 10) if family == "mlp" else (9, 9, 40)
-    wanted = PARAMETERS[family]
-    width = 1
-    while (inputs + outputs) * (width + 1) + square * (depth - 1) * (width + 1) ** 2 <= wanted:
-        width += 1
-    return width
-
-
-def draw_learned(summary: dict):
-    """What edge-popup found: accuracy by width, by depth at equal parameters, by depth when narrow, by images."""
-    from experiments.plots.style import new_figure
-    from experiments.sweeps import cells
-
-    config, rows = summary["config"], summary["rows"]
-    parts = [part for part in AXES if any(row["part"] == part for row in rows)]
-    columns = min(2, len(parts))
-    figure = new_figure(
-        f"edge-popup at density {config['density']:g} on {summary['dataset']} · {config['epochs']} epochs · "
-        f"{cells.seeds(config['seeds'])}",
-        6 * columns,
-        4.4 * -(-len(parts) // columns) + 0.6,
-    )
-    axes = figure.subplots(-(-len(parts) // columns), columns, squeeze=False).ravel()
-    for ax in axes[len(parts) :]:
-        ax.set_visible(False)
-    for ax, part in zip(axes, parts, strict=False):
-        x, says = AXES[part]
-        chosen = [row for row in rows if row["part"] == part]
-        groups = cells.grouped(chosen, "name", x, "test_accuracy")
-        cells.draw_lines(ax, groups, says, "test accuracy (%), log scale of the error", True)
-        cells.log_ticks(ax, [row[x] for row in chosen])
-        ax.legend(fontsize=8, edgecolor="none")
-    return figure
-
-
 if __name__ == "__main__":
-    command_line.run(main, Config, lambda **_: {}, prog="python -m experiments.pruning_only")
+    command_line.run(main, parser(Config), PROG)

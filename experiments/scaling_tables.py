@@ -1,120 +1,43 @@
 """The tables of docs/scaling.md: `python -m experiments.scaling_tables` writes them anew.
 
-From what `python -m experiments.benchmark --scaling --output experiments/results/scaling.json` measured, and from the
-formulae of `cost_model`.
+`python -m experiments.benchmark --scaling --output experiments/results/scaling.json` measures the figures.
 """
 
-import json
-import math
-import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from experiments.config.flags import parser
+from experiments.run import command_line
+from experiments.run.errors import UserError
 
-from experiments.bench import scaling, scaling_step
-from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, most_passes
-
+PROG = "python -m experiments.scaling_tables"
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "scaling.md"
-MEASURED = ROOT / "experiments" / "results" / "scaling.json"
-CHIP = "TPU v5p"
-CHIPS_IN_ALL = (8, 256, 4096)
-PER_CHIP, IN_ALL = 32, 4096  # images: the published batch of 256 on 8 chips; and one batch however many chips
-TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str, measured: dict) -> str:
-    """The document, with a new table between each `<!-- table: NAME -->` and `<!-- end -->`."""
-    tables = {
-        "traffic": traffic_table,
-        "selection": selection_table,
-        "speed": speed_table,
-        "resnet-50": lambda measured: cost_table("resnet-50", measured),
-        "wide-resnet-50": lambda measured: cost_table("wide-resnet-50", measured),
-    }
-    return TABLE.sub(lambda found: found[1] + tables[found[2]](measured) + found[3], text)
+@dataclass(frozen=True)
+class Config:
+    """Write the tables of the document on scaling anew, from figures that were measured and from formulae."""
+
+    figures: Path = ROOT / "experiments" / "results" / "scaling.json"
+    """The JSON file of the benchmark."""
+    document: Path = ROOT / "docs" / "scaling.md"
+    """The Markdown file whose tables are replaced."""
+
+    def check(self) -> None:
+        """Raises UserError where a file is missing."""
+        for file in (self.figures, self.document):
+            if not file.is_file():
+                raise UserError(f"there is no file {file}.")
 
 
-def traffic_table(measured: dict) -> str:
-    """Bytes of the compiled step, beside those of the formulae."""
-    lines = []
-    for one in measured["traffic"]:
-        if not one["as_on_accelerators"]:
-            continue
-        found = {part: kinds for part, kinds in one["parts"].items() if "selection" not in part}
-        network = scaling_step.describe(one["network"])
-        formulae = "-"
-        if one["layout"] != "sharded":
-            split = scaling_step.split_layers(network.scores, one["devices"]) if one["layout"] == "gathered" else ()
-            parts = collective_bytes(network, one["layout"], split)
-            by_formula = sum(sum(kinds.values()) for kinds in parts.values())
-            formulae = "equal" if by_formula == scaling.totals(one)["others"] else f"{by_formula:,}"
-        kinds = [sum(of.get(kind, 0) for of in found.values()) for kind in ("all-reduce", "all-gather")]
-        others = scaling.totals(one)["others"] - sum(kinds)
-        lines.append(
-            (f"{one['network']}, {one['scores']:,}", one["layout"], *map("{:,}".format, (*kinds, others)), formulae)
-        )
-    return table(("network, scores", "scores are", "all-reduce", "all-gather", "other", "by formula"), lines)
+def main(config: Config) -> None:
+    """Replaces the tables and leaves the rest of the document as it is."""
+    from experiments.bench.tables import with_tables  # here, so that --help answers at once
+    from experiments.run import files
 
-
-def selection_table(measured: dict) -> str:
-    """What selection exchanges where scores are split, and how often."""
-    lines = []
-    for one in measured["traffic"]:
-        if one["layout"] != "gathered" or not one["as_on_accelerators"]:
-            continue
-        (on_cpu,) = (
-            scaling.totals(other)["a pass"]
-            for other in measured["traffic"]
-            if other["network"] == one["network"] and not other["as_on_accelerators"]
-        )
-        found, passes = scaling.totals(one), measured["passes"][one["network"]]
-        largest = max(map(math.prod, scaling_step.describe(one["network"]).scores.values()))
-        whole = found["once"] + max(passes.values()) * found["a pass"]
-        bytes_ = (f"{size:,}" for size in (found["a pass"], on_cpu, found["once"], whole))
-        counted = (", ".join(map(str, passes.values())), most_passes(largest))
-        lines.append((f"{one['network']}, {one['scores']:,}", one["layers"], *bytes_, *counted))
-    head = ("network, scores", "layers", "bytes a pass", "on a CPU", "once", "in all", "passes", "at most")
-    return table(head, lines)
-
-
-def speed_table(measured: dict) -> str:
-    """Steps per second of fake devices, medians, and the share of a step that selection alone takes."""
-    lines = []
-    for n, seconds in measured["speed"].items():
-        seconds = {name: np.array(of) for name, of in seconds.items()}
-        rates = [f"{np.median(1 / seconds[layout]):.1f}" for layout in (*scaling_step.LAYOUTS, "pmap")]
-        shares = [seconds[f"selection, {layout}"] / seconds[layout] for layout in scaling_step.LAYOUTS[:2]]
-        lines.append((n, *rates, *(f"{np.median(share):.0%}" for share in shares)))
-    head = ("devices", *scaling_step.LAYOUTS, "pmap", "selection, replicated", "selection, sharded")
-    return table(head, lines)
-
-
-def cost_table(name: str, measured: dict) -> str:
-    """The cost model's times and bytes of a step on 8, 256 and 4,096 chips."""
-    network, passes, lines = scaling_step.describe(name), max(measured["passes"][name].values()), []
-    for chips in CHIPS_IN_ALL:
-        split = scaling_step.split_layers(network.scores, chips)
-        for images in sorted({PER_CHIP, IN_ALL // chips}):
-            for layout in ("replicated", "gathered"):
-                cost = cost_model(network, chips, images, CHIPS[CHIP], layout, split, passes)
-                times = (cost.compute, cost.selection, cost.elementwise, cost.wire, cost.latency)
-                times = (f"{1e3 * seconds:.2f}" for seconds in times)
-                step = f"{1e3 * cost.overlapped:.1f} - {1e3 * cost.apart:.1f}"
-                memory = (f"{size / 1e9:.2f}" for size in (cost.state + cost.temporary, cost.activations))
-                setting = (f"{chips:,} x {images}", f"{chips * images:,}", layout)
-                lines.append((*setting, *times, step, f"{cost.sent / 1e6:,.0f}", *memory))
-    times = ("compute", "selection", "update", "sending", "waiting", "step")
-    return table(("chips x images", "batch", "scores are", *times, "MB sent", "GB", "GB activations"), lines)
-
-
-def table(head: Iterable[str], lines: Iterable[Iterable]) -> str:
-    """Markdown."""
-    head = list(head)
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+    text = config.document.read_text()
+    files.write_text(config.document, with_tables(text, files.read_json(config.figures)))
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), json.loads(MEASURED.read_text())))
+    command_line.run(main, parser(Config), PROG)

@@ -1,7 +1,7 @@
 """What a step of edge-popup costs on n devices, by formulae: arithmetic, memory, bytes on the wire. Imports no jax.
 
-Everything is float32. Times come from published peaks times an assumed utilisation, so they compare layouts and name
-what a step is bound by; they predict no run. docs/scaling.md states each formula and what is left out.
+Everything is float32. Times come from published peaks times an assumed utilisation. They compare layouts and show what
+bounds a step; they predict no run. docs/scaling.md states each formula and what is left out.
 """
 
 import math
@@ -15,13 +15,13 @@ Holding = Literal["replicated", "gathered"]
 
 
 class Network(NamedTuple):
-    """What the formulae need to know of a network. Per image: of one example's forward pass."""
+    """What the formulae need to know of a network. Figures per image are those of one forward pass."""
 
     scores: Mapping[str, tuple[int, ...]]  # {path: shape}; every weight has one
     channels: int  # that BatchNorm normalises, over all layers
     norms: int  # BatchNorm layers
     flops: int  # per image; a multiplication and its addition are two
-    activations: int  # numbers kept per image for the backward pass: what each kernel and each BatchNorm puts out
+    activations: int  # numbers kept per image for the backward pass: the outputs of kernels and of BatchNorms
 
 
 class Chip(NamedTuple):
@@ -45,7 +45,7 @@ CHIPS = {
 
 
 class Assumed(NamedTuple):
-    """What no data sheet says. Guesses, not measurements."""
+    """Utilisations and delays that no data sheet gives. They are guesses, not measurements."""
 
     compute: float = 0.4  # share of the peak that convolutions reach
     bandwidth: float = 0.7
@@ -54,7 +54,7 @@ class Assumed(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one step, on one device."""
+    """The cost of one step on one device."""
 
     compute: float  # seconds
     selection: float  # seconds of reading scores, pass by pass
@@ -68,12 +68,12 @@ class Cost(NamedTuple):
 
     @property
     def apart(self) -> float:
-        """Seconds where nothing overlaps."""
+        """Seconds of a step where nothing overlaps."""
         return sum(self[:5])
 
     @property
     def overlapped(self) -> float:
-        """Seconds where sending hides behind computing, or computing behind sending, completely."""
+        """Seconds of a step where sending and computing overlap completely."""
         return max(self.compute + self.selection + self.elementwise, self.wire + self.latency)
 
 
@@ -90,11 +90,15 @@ def cost_model(
     """The cost of a step with SGD and momentum.
 
     Args:
+      network: what is trained.
+      devices: how many.
       images: per device.
+      chip: the peak figures of each device.
       layout: "replicated", or "gathered": scores, weights and momentum are split over the devices, and masked weights
         are gathered whole, once, before the forward pass.
-      split: paths of the layers that are split; not looked at where replicated.
+      split: paths of the layers that are split; ignored where replicated.
       passes: of selection's search.
+      assumed: how much of the peaks is reached.
     """
     moved = collective_bytes(network, layout, split, passes)
     own = own_scores(network, devices, layout, split)
@@ -117,7 +121,7 @@ def cost_model(
 
 
 def own_scores(network: Network, devices: int, layout: Holding, split: Collection[str]) -> int:
-    """How many scores a device holds."""
+    """The number of scores on each device."""
     parts = set(split) if layout == "gathered" else set()
     sizes = {path: math.prod(shape) for path, shape in network.scores.items()}
     return sum(size // devices if path in parts else size for path, size in sizes.items())
@@ -150,10 +154,10 @@ def collective_bytes(
 def most_passes(scores: int) -> int:
     """The most passes that selection can need in a layer of so many scores; all layers share each pass.
 
-    The search goes in rounds. A round of two probes (aim, overshoot) leaves at most a quarter of the scores between
-    the ends of the bracket; where it does not, it goes on to five and halves the bracket's width. There are less than
-    2**32 keys, so 32 halvings end a search, and log4(scores) quarterings do. Two probes from the sample come first.
-    Where equal scores straddle the cut, a second search goes over their flat indices.
+    The search has rounds. A round of two probes (aim, overshoot) leaves at most a quarter of the scores between the
+    ends of the bracket; where it does not, three more probes halve the bracket's width. There are less than 2**32 keys,
+    so 32 halvings end a search, and log4(scores) quarterings do. Two probes from the sample come first. Where equal
+    scores straddle the cut, a second search runs over their flat indices.
     """
     quarterings = math.ceil(math.log(max(scores, 1), 4)) + 1
     by_key, by_index = (2 + 2 * quarterings + 5 * halvings for halvings in (32, math.ceil(math.log2(scores + 1)) + 1))

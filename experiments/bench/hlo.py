@@ -15,17 +15,19 @@ LOOPS, BRANCHES = ("body", "condition"), ("branch_computations", "true_computati
 
 
 class Collective(NamedTuple):
+    """One collective operation of a compiled program."""
+
     kind: str  # "all-gather", ...
     arrays: list[int]  # elements of each array in its result, per device
     bytes: int  # of its result, per device, each time
-    name: str  # the operation that asked for it, with its scopes: "jit(step)/jvp(selection)/while/body/reduce_sum"
-    trips: int = 1  # how often it runs in a run of the program, without the trips that depend on data
-    data_loops: int = 0  # how many loops around it run as often as the data ask for
+    name: str  # the operation that it is part of, with its scopes: "jit(step)/jvp(selection)/while/body/reduce_sum"
+    trips: int = 1  # how often it runs in a run of the program, where no trips depend on data
+    data_loops: int = 0  # how many loops around it have a number of trips that depends on data
     conditional: bool = False  # in a branch, which may not be taken
 
 
 class _Use(NamedTuple):
-    """Of a computation, by another."""
+    """The use of one computation by another."""
 
     by: str
     trips: int | None = 1  # None where they depend on data
@@ -35,10 +37,9 @@ class _Use(NamedTuple):
 def collectives(program: str) -> list[Collective]:
     """Every collective in the text of a compiled program, in its order.
 
-    One in a loop whose number of trips the compiler knows has it in `trips`; other loops around it are counted in
-    `data_loops`.
+    A loop whose number of trips the compiler knows multiplies `trips`. Every other loop adds one to `data_loops`.
     """
-    computation, uses, found = "", {}, []
+    computation, uses, seen = "", {}, []
     for line in program.splitlines():
         if header := HEADER.match(line):
             computation = header[1]
@@ -48,13 +49,13 @@ def collectives(program: str) -> list[Collective]:
             sizes = [math.prod(int(n) for n in shape.split(",") if n) for _, shape in arrays]
             moved = sum(BYTES[dtype] * size for (dtype, _), size in zip(arrays, sizes, strict=True))
             name = re.search(r'op_name="([^"]*)"', line)
-            found.append((computation, Collective(match[2], sizes, moved, name[1] if name else "")))
+            seen.append((computation, Collective(match[2], sizes, moved, name[1] if name else "")))
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
         for role, one, several in CALLED.findall(line):
             for called in [one] if one else re.findall(r"%([\w.-]+)", several):
                 trips = 1 if role not in LOOPS else int(known[1]) if known else None
                 uses.setdefault(called, _Use(computation, trips, role in BRANCHES))
-    return [_in_its_loops(one, where, uses) for where, one in found]
+    return [_in_its_loops(one, where, uses) for where, one in seen]
 
 
 def _in_its_loops(one: Collective, computation: str, uses: dict[str, _Use]) -> Collective:
@@ -68,10 +69,10 @@ def _in_its_loops(one: Collective, computation: str, uses: dict[str, _Use]) -> C
     return one
 
 
-def by_kind(found: Iterable[Collective]) -> dict[str, int]:
-    """{kind: bytes of the results}, loops that depend on data counted once; kinds in alphabetical order."""
+def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
+    """{kind: bytes of the results}, kinds in alphabetical order. Loops that depend on data are counted once."""
     sums = Counter()
-    for one in found:
+    for one in collectives:
         sums[one.kind] += one.bytes * one.trips
     return dict(sorted(sums.items()))
 

@@ -1,19 +1,23 @@
 """What several devices cost a train step: collectives and bytes of the compiled step, passes, steps per second.
 
-`python -m experiments.benchmark --scaling` measures and prints; `scaling_tables` puts the figures into docs/scaling.md.
-Devices are fake: parts of one CPU, as many as asked for, in a process of their own. What they exchange is what the
-compiler's partitioner makes of the step; their speed is only overhead.
+`python -m experiments.benchmark --scaling` measures and prints; `tables` puts the figures into docs/scaling.md.
+The devices are fake: parts of one CPU, in a process that is started with so many. The compiler's partitioner decides
+what they exchange, as on real devices; their speed shows only overhead.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 
-from experiments import benchmark
+from experiments.bench import faults
+from experiments.bench.rows import row
 from experiments.bench.scaling_step import LAYOUTS, SPEED_NET, passes, speed, traffic
 
 DEVICES = (1, 2, 4, 8)
@@ -27,7 +31,13 @@ CHILD_SECONDS = 1800
 
 
 def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = "") -> list:
-    """[task(*arguments) for arguments in calls], in a new process with so many fake devices.
+    """[task(*arguments) for arguments in calls], computed in a new process with so many fake devices.
+
+    Args:
+      devices: how many.
+      task: a function of `scaling_step`.
+      calls: its arguments, which travel as JSON.
+      flags: more XLA flags for the process.
 
     Raises:
       RuntimeError: the process failed; the end of what it printed is in the message.
@@ -44,6 +54,27 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
     if done.returncode:
         raise RuntimeError(f"{task.__name__} on {devices} fake devices failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_all(rounds: int, soak_seconds: float, status: Callable[[str], AbstractContextManager]) -> dict:
+    """Measures the steps on several devices, then does harm to real runs.
+
+    Args:
+      rounds: times that each candidate is measured.
+      soak_seconds: how long a run is watched that saves once a second.
+      status: shows what is being measured, as a context manager.
+
+    Returns:
+      "rows": the table. "traffic", "passes", "speed": what it was made from. "faults": what the runs survived.
+    """
+    with status("several devices: minutes"):
+        measured = measure(rounds)
+    with status("faults: minutes"), tempfile.TemporaryDirectory() as scratch:
+        survived = [
+            {"fault": fault.fault, "tries": fault.tries, "survived": fault.survived}
+            for fault in faults.table(Path(scratch), soak_seconds)
+        ]
+    return {"rows": rows(measured), **measured, "faults": survived}
 
 
 def measure(
@@ -63,33 +94,33 @@ def measure(
 
 
 def rows(measured: dict) -> list[dict]:
-    """The table of `experiments.benchmark --scaling`, from what `measure` returns."""
+    """The rows of the benchmark's table, from what `measure` returns."""
     lines = []
     for n, seconds in measured["speed"].items():
         group = f"{SPEED_NET}, batch {SPEED_BATCH} in all, {n} fake device{'s' * (n != '1')}"
         for layout in (*LAYOUTS, "pmap"):
-            lines.append(benchmark.row(group, layout, "steps/s", 1 / np.array(seconds[layout])))
+            lines.append(row(group, layout, "steps/s", 1 / np.array(seconds[layout])))
         for layout in LAYOUTS[:2]:
             share = np.array(seconds[f"selection, {layout}"]) / np.array(seconds[layout])
-            lines.append(benchmark.row(group, f"selection's share, {layout}", "%", 100 * share))
+            lines.append(row(group, f"selection's share, {layout}", "%", 100 * share))
     for one in measured["traffic"]:
         group = f"bytes per step, {one['network']}, {one['devices']} devices"
         name = one["layout"] + ("" if one["as_on_accelerators"] else ", counting as CPUs do")
-        found, most = totals(one), max(measured["passes"][one["network"]].values())
+        bytes_, most = totals(one), max(measured["passes"][one["network"]].values())
         lines += [
-            benchmark.row(group, name, "MB", found["others"] / 1e6),
-            benchmark.row(group, "... selection, a pass", "bytes", found["a pass"]),
-            benchmark.row(group, f"... selection, {most} passes", "kB", (found["once"] + most * found["a pass"]) / 1e3),
+            row(group, name, "MB", bytes_["others"] / 1e6),
+            row(group, "... selection, a pass", "bytes", bytes_["a pass"]),
+            row(group, f"... selection, {most} passes", "kB", (bytes_["once"] + most * bytes_["a pass"]) / 1e3),
         ]
     for net, of in measured["passes"].items():
-        lines += [benchmark.row(f"passes of selection, {net}", kind, "passes", n) for kind, n in of.items()]
+        lines += [row(f"passes of selection, {net}", kind, "passes", n) for kind, n in of.items()]
     return lines
 
 
 def totals(one: dict) -> dict[str, int]:
     """Bytes of the results of a step's collectives, per device: "others", and of selection "once" and "a pass".
 
-    "once" is with what a second search needs; "a pass" costs the same in both.
+    "once" includes what the second search among equal scores needs; "a pass" costs the same in both searches.
     """
     sums = {part: sum(kinds.values()) for part, kinds in one["parts"].items()}
     return {

@@ -1,6 +1,6 @@
-"""The step on fake devices: what it exchanges, its speed, the passes of its selection. See `scaling`.
+"""The train step on fake devices: what it exchanges, its speed, the passes of its selection.
 
-`traffic`, `speed` and `passes` run in a process that was started with as many devices as they are for.
+`scaling` starts processes with as many devices as are measured, and calls `traffic`, `speed` and `passes` in them.
 """
 
 import contextlib
@@ -11,11 +11,17 @@ from functools import partial
 from typing import Any, Literal
 from unittest import mock
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments import benchmark
+import supermask_jax as sm
 from experiments.bench import hlo
-from experiments.bench.cost_model import Network
+from experiments.bench.networks import NETWORKS, describe
+from experiments.bench.rows import interleaved
+from supermask_jax import parallel
 
 DENSITY = 0.5
 SPEED_NET = "mnist-convnet"
@@ -24,79 +30,13 @@ Holding = Literal["replicated", "sharded", "gathered"]
 LAYOUTS: tuple[Holding, ...] = ("replicated", "sharded", "gathered")
 
 
-def networks() -> dict[str, tuple]:
-    """{name: (model, shape of an image)} of the networks here."""
-    from supermask_jax import models
-
-    return {
-        "mnist-convnet": (models.MnistConvNet(), (28, 28, 1)),  # 1.2 million scores
-        "mlp": (models.MLP(use_bias=False, hidden=(4096, 2048)), (64, 64, 1)),  # 25 million, quick to compile
-        "resnet-50": (models.ResNet50(), (224, 224, 3)),
-        "wide-resnet-50": (models.WideResNet50(), (224, 224, 3)),
-        "tiny-resnet": (models.ResNet(10, (1, 1), bottleneck=True, width=16), (64, 64, 3)),
-    }
-
-
-def describe(name: str) -> Network:
-    """What the formulae need to know of a network; from shapes, nothing is run."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    from supermask_jax.products import products_with_data
-    from supermask_jax.trees import by_path
-
-    model, image = networks()[name]
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image)))
-    statistics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes.get("batch_stats", {}))
-
-    def put_out(module, method):
-        return method == "__call__" and isinstance(module, nn.Conv | nn.Dense | nn.BatchNorm)
-
-    def apply(weights, images, **options):
-        return model.apply({"params": weights, "batch_stats": statistics}, images, **options)
-
-    images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-    _, seen = jax.eval_shape(partial(apply, capture_intermediates=put_out), shapes["params"], images)
-    norms = [leaf.size for path, leaf in by_path(statistics).items() if path.endswith("/mean")]
-    return Network(
-        scores={path: leaf.shape for path, leaf in by_path(shapes["params"]).items()},
-        channels=sum(norms),
-        norms=len(norms),
-        flops=2 * sum(products_with_data(apply, shapes["params"], image).values()),
-        activations=sum(leaf.size for leaf in jax.tree.leaves(seen)),
-    )
-
-
-def split_layers(shapes: dict[str, tuple[int, ...]], devices: int) -> set[str]:
-    """Paths of the layers that `parallel.state_shardings` splits over so many devices, which need not be there."""
-    import jax
-    import jax.numpy as jnp
-
-    import supermask_jax as sm
-    from supermask_jax import parallel
-
-    mesh = jax.sharding.AbstractMesh((devices,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    weights = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    state = sm.TrainState(None, sm.Subnet(weights, weights), None, None, None)
-    layout = parallel.state_shardings(mesh, state, shard_scores=True).subnet.scores
-    return {path for path, sharding in layout.items() if not sharding.is_fully_replicated}
-
-
-def make_step(name: str, layout: Holding, mesh) -> tuple[Callable, Callable, Any]:
-    """(the jitted edge-popup step on the mesh, the function that makes its state, that state's shardings).
+def make_step(name: str, layout: Holding, mesh: jax.sharding.Mesh) -> tuple[Callable, Callable, Any]:
+    """(the compiled edge-popup step on the mesh, the function that makes its state, that state's shardings).
 
     "sharded" leaves it to the compiler whether it moves weights or activations. "gathered" asks for whole masked
     weights, so that batches stay as they are split.
     """
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    import supermask_jax as sm
-    from supermask_jax import parallel
-
-    model, image = networks()[name]
+    model, image = NETWORKS[name]
     tx = optax.sgd(0.01, 0.9)
 
     def make_state():
@@ -110,25 +50,20 @@ def make_step(name: str, layout: Holding, mesh) -> tuple[Callable, Callable, Any
         loss_fn = parallel.with_whole_weights(mesh, loss_fn)
     shardings = parallel.state_shardings(mesh, jax.eval_shape(make_state), shard_scores=layout != "replicated")
     step = sm.make_train_step(selection, loss_fn, tx, learns="scores")
-    return jax.jit(step, out_shardings=(shardings, None), donate_argnums=0), make_state, shardings
+    return sm.jit(step, out_shardings=(shardings, None), donate_argnums=0), make_state, shardings
 
 
 def selection(scores, key=None):
-    """Edge-popup's masks, under a name by which their collectives are told from the rest."""
-    import jax
-
-    import supermask_jax as sm
-
+    """Edge-popup's masks, under a name that tells their collectives from the others."""
     with jax.named_scope("selection"):
         return sm.edge_popup(DENSITY)(scores, key)
 
 
-def make_loss(model) -> Callable:
+def make_loss(model: nn.Module) -> Callable:
     """loss_fn of a batch {"image": float [n, h, w, c], "label": int [n]}: the mean cross-entropy, and no metrics.
 
-    `recipe.make_loss` without weights of examples, and with batch statistics as model state.
+    Unlike the loss of the commands, it normalises no images and knows no weights of examples.
     """
-    import optax
 
     def loss_fn(params, model_state, batch, key):
         variables = {"params": params, "batch_stats": model_state}
@@ -143,6 +78,7 @@ def traffic(name: str, layout: Holding, batch: int, as_on_accelerators: bool = T
     """What a compiled step exchanges between all devices of this process. Nothing is run, and no state is made.
 
     Args:
+      name, layout: as in `make_step`.
       batch: images in all.
       as_on_accelerators: count the scores of a pass as the program for GPUs and TPUs does; a CPU's sums rows first.
 
@@ -150,11 +86,6 @@ def traffic(name: str, layout: Holding, batch: int, as_on_accelerators: bool = T
       "parts": {part: {kind: bytes of the collectives' results, per device}}; those of a pass, for one pass. "count":
       {part: how many collectives}. "state": bytes of a device's weights, scores, momentum and batch statistics.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from supermask_jax import parallel
-
     mesh = parallel.mesh()
     step, make_state, shardings = make_step(name, layout, mesh)
     shapes = jax.eval_shape(make_state)
@@ -162,15 +93,14 @@ def traffic(name: str, layout: Holding, batch: int, as_on_accelerators: bool = T
         lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, shardings
     )
     split = jax.NamedSharding(mesh, jax.P(parallel.AXIS))
-    images = jax.ShapeDtypeStruct((batch, *networks()[name][1]), jnp.float32, sharding=split)
+    images = jax.ShapeDtypeStruct((batch, *NETWORKS[name][1]), jnp.float32, sharding=split)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split)
     default_only = mock.patch.object(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     jax.clear_caches()  # of the other way of counting
     with default_only if as_on_accelerators else contextlib.nullcontext():
         compiled = step.lower(state, {"image": images, "label": labels}).compile()
-    found = hlo.collectives(compiled.as_text())
-    parts = {}
-    for one in found:
+    parts: dict[str, list[hlo.Collective]] = {}
+    for one in hlo.collectives(compiled.as_text()):
         parts.setdefault(part_of(one), []).append(one)
     others = [images, labels, state.step, jax.eval_shape(jax.random.key_data, state.key)]
     scores = jax.tree.leaves(shapes.subnet.scores)
@@ -201,16 +131,12 @@ def _bytes_on_a_device(leaf) -> int:
 
 
 def speed(counts: list[int], batch: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """{devices: {layout: [rounds] seconds of a step}}; "selection, <layout>": of its masks alone.
+    """{devices: {layout: [rounds] seconds of a step}}; "selection, <layout>": of its masks only.
 
-    On the first so many of this process's devices; all take turns, so that other work on the machine slows all alike.
+    Each is measured on the first so many of this process's devices. All take turns, so that other work on the machine
+    slows all alike.
     """
-    import jax
-    import optax
-
-    from supermask_jax import parallel
-
-    model, image = networks()[SPEED_NET]
+    model, image = NETWORKS[SPEED_NET]
     rng = np.random.default_rng(0)
     data = {
         "image": rng.standard_normal((batch, *image)).astype(np.float32),
@@ -222,26 +148,26 @@ def speed(counts: list[int], batch: int, rounds: int) -> dict[str, dict[str, lis
         placed = parallel.shard_batch(mesh, data)
         for layout in LAYOUTS:
             step, make_state, shardings = make_step(SPEED_NET, layout, mesh)
-            state = jax.jit(make_state, out_shardings=shardings)()
+            state = sm.jit(make_state, out_shardings=shardings)()
             if layout != "gathered":
-                select = jax.jit(selection, out_shardings=shardings.subnet.scores)
+                select = sm.jit(selection, out_shardings=shardings.subnet.scores)
                 # A copy: the step overwrites its state.
                 scores = jax.jit(lambda s: s, out_shardings=shardings.subnet.scores)(state.subnet.scores)
                 candidates[n, f"selection, {layout}"] = partial(_repeated, select, scores)
             candidates[n, layout] = _Stepping(step, state, placed)
         tx = optax.sgd(0.01, 0.9)
         step = parallel.pmap_step(selection, make_loss(model), tx, learns="scores", devices=n, donate=True)
-        candidates[n, "pmap"] = _Stepping(step, jax.jit(make_state)(), data)
+        candidates[n, "pmap"] = _Stepping(step, sm.jit(make_state)(), data)
     seconds = {str(n): {} for n in counts}
-    for (n, name), times in benchmark.interleaved(candidates, rounds).items():
+    for (n, name), times in interleaved(candidates, rounds).items():
         seconds[str(n)][name] = (times / STEPS_PER_TURN).tolist()
     return seconds
 
 
 class _Stepping:
-    """Each call goes some steps on."""
+    """Each call trains for some more steps."""
 
-    def __init__(self, step, state, batch):
+    def __init__(self, step: Callable, state: sm.TrainState, batch: dict):
         self.step, self.state, self.batch = step, state, batch
 
     def __call__(self):
@@ -250,7 +176,7 @@ class _Stepping:
         return metrics
 
 
-def _repeated(function, argument):
+def _repeated(function: Callable, argument):
     for _ in range(STEPS_PER_TURN):
         result = function(argument)
     return result
@@ -261,11 +187,6 @@ def passes(name: str) -> dict[str, int]:
 
     "uniform": as at the start of training; "normal"; "tied": normal, rounded to one decimal.
     """
-    import jax
-    import jax.numpy as jnp
-
-    import supermask_jax as sm
-
     shapes = describe(name).scores
     rng = np.random.default_rng(0)
     normal = {path: jnp.asarray(rng.standard_normal(shape, np.float32)) for path, shape in shapes.items()}
@@ -291,5 +212,5 @@ def passes(name: str) -> dict[str, int]:
 
 
 def answer(task: str, calls: str) -> None:
-    """What a child does."""
+    """Prints the results of a task for each tuple of arguments, as JSON. A child process runs this."""
     print(json.dumps([globals()[task](*arguments) for arguments in json.loads(calls)]))

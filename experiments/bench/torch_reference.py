@@ -1,6 +1,6 @@
 """The MNIST convnet's training step in PyTorch, for the benchmark to compare with. Nothing else needs torch.
 
-Edge-popup as Ramanujan et al. 2020 describe it, in the two ways that implementations of it find the mask.
+Edge-popup is that of Ramanujan et al. 2020, with the two ways in which implementations compute the mask.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ LAYERS = ("Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel", "Dense_1/kernel")
 
 
 class SortedMask(torch.autograd.Function):
-    """The published way: sort the whole layer, then write zeros and ones by index. Straight-through gradient."""
+    """The published mask: the whole layer is sorted, and zeros and ones are written by index. Straight-through."""
 
     @staticmethod
     def forward(ctx, scores, density):
@@ -30,7 +30,7 @@ class SortedMask(torch.autograd.Function):
 
 
 class KthValueMask(SortedMask):
-    """The faster variant: only the threshold is found, and all scores that tie with it are kept."""
+    """The faster mask: only the threshold is computed, and all scores that tie with it are kept."""
 
     @staticmethod
     def forward(ctx, scores, density):

@@ -1,5 +1,6 @@
-"""The pictures of one run: what `runner.fit` leaves in the work directory beside the figures."""
+"""The pictures of one run, which it leaves in its work directory."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,41 +10,41 @@ from experiments.plots.style import (
     COLOURS,
     GREY,
     ORANGE,
-    OTHER_STAGES,
-    STAGES,
     diamond,
     epoch_axis,
     evenly,
-    held_of,
     log_axis,
     natural,
     new_figure,
     save,
+    split_of,
+    stages,
     style_axes,
     title_of,
 )
 
 MAX_HISTOGRAMS, MAX_KERNELS, KERNELS_PER_ROW = 12, 64, 8
+SMALLEST_IMAGE = 8  # pixels along each side of what is taken for an image
+
+Arrays = dict[str, np.ndarray]
 
 
-def draw_run(path: Path, summary: dict, records: list[dict], subnet, masks) -> None:
-    """Writes curves.png, layers.png, kernels.png, flips.png and judged.png into the work directory of a run that ends.
+def draw_run(path: Path, summary: dict, records: list[dict], weights: Arrays, scores: Arrays, masks: Arrays) -> None:
+    """Writes the pictures of a finished run: curves.png, layers.png, kernels.png, flips.png and assessment.png.
 
-    `subnet` is the `supermask_jax.Subnet` at the end, `masks` its 0/1 masks, None at every leaf of a dense network. A
-    picture that would have no meaning is left out.
+    A picture that would have no meaning is left out.
+
+    Args:
+      path: the work directory.
+      summary, records: the contents of summary.json and of metrics.jsonl.
+      weights, scores, masks: {path: float32 array} at the end; of a dense network there are no scores and no masks.
     """
-    from supermask_jax.trees import by_path
-
-    weights, scores, masks = (
-        {layer: np.asarray(leaf, np.float32) for layer, leaf in by_path(tree).items()}
-        for tree in (subnet.weights, subnet.scores, masks)
-    )
     pictures = {
         "curves.png": curves(summary, records),
         "layers.png": layers(summary, weights, scores, masks),
         "kernels.png": kernels(summary, weights, masks),
         "flips.png": flips(summary, records),
-        "judged.png": judged(summary),
+        "assessment.png": assessment(summary),
     }
     for name, figure in pictures.items():
         if figure is not None:
@@ -53,21 +54,21 @@ def draw_run(path: Path, summary: dict, records: list[dict], subnet, masks) -> N
 def curves(summary: dict, records: list[dict]):
     """Accuracy (percent, on a log scale of the error) and loss (nats) over epochs; epoch 0 is before training."""
     figure = new_figure(title_of(summary), 10, 4.2)
-    held = held_of(records)
-    before, _ = STAGES.get(summary["method"], OTHER_STAGES)
+    split = split_of(records)
+    before, _ = stages(summary["method"])
     for ax, measure in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         percent, drawn = measure == "accuracy", []
-        lines = [(held, BLUE, held), ("train", ORANGE, "train, mean over the epoch")]
-        if f"{held}_sampled_{measure}" in records[0]:
-            lines.append((f"{held}_sampled", COLOURS[2], f"{held}, mean of sampled masks"))
+        lines = [(split, BLUE, split), ("train", ORANGE, "train, mean over the epoch")]
+        if f"{split}_sampled_{measure}" in records[0]:
+            lines.append((f"{split}_sampled", COLOURS[2], f"{split}, mean of sampled masks"))
         for name, colour, label in lines:
             at = {r["epoch"]: r[f"{name}_{measure}"] for r in records if f"{name}_{measure}" in r}
             epochs, values = list(at), np.array(list(at.values()))
             first, last = (f"{value:.2%}" if percent else f"{value:.4f}" for value in values[[0, -1]])
             values = 100 * (1 - values) if percent else values
             ax.plot(epochs, values, color=colour, marker="o", markersize=3.5, label=f"{label}: {last} at the end")
-            if name == held:
-                diamond(ax, values[0], colour, label=f"{held}, before training ({before}): {first}")
+            if name == split:
+                diamond(ax, values[0], colour, label=f"{split}, before training ({before}): {first}")
             drawn.extend(values)
         style_axes(ax, "epoch", "accuracy (%), log scale of the error" if percent else "loss (nats), log scale")
         log_axis(ax, drawn, accuracy=percent)
@@ -79,8 +80,8 @@ def curves(summary: dict, records: list[dict]):
 def layers(summary: dict, weights: dict, scores: dict, masks: dict):
     """Density of each layer in percent, and histograms of scores, for at most MAX_HISTOGRAMS layers.
 
-    The threshold, the smallest score that is kept, is drawn where there is one. Where there are no scores, or they are
-    the masks themselves, the histograms are of the weights' magnitudes.
+    The threshold is the smallest score that is kept; it is drawn where scores are ranked. Where there are no scores, or
+    where they are the masks themselves, the histograms are of the weights' magnitudes.
     """
     names = sorted(summary["layers"], key=natural)
     shown = evenly(names, MAX_HISTOGRAMS)
@@ -140,20 +141,23 @@ def _histogram(ax, weight: np.ndarray, score: np.ndarray | None, mask: np.ndarra
 
 
 def kernels(summary: dict, weights: dict, masks: dict):
-    """The first layer's weights as pictures, before and after masking; None where it does not see pixels.
+    """The first layer's weights as pictures, before and after masking; None where it does not see the image.
 
-    Of a convolution (HWIO) each picture is an output channel, up to 3 input channels side by side; of a dense layer on
-    784 pixels it is the 28 x 28 weights of a unit.
+    Of a convolution (HWIO) each picture is an output channel. Of a dense layer on a square image each picture is a
+    unit. Up to 3 input channels stand side by side.
     """
     names = list(summary["layers"])
     # In a ResNet the blocks may sort before the stem, but only the stem sees an image's 1 or 3 channels.
     name = next((name for name in names if weights[name].ndim == 4 and weights[name].shape[2] in (1, 3)), names[0])
-    tiles = _tiles(weights[name])
-    if tiles is None:
+    kernel = _as_convolution(weights[name])
+    if kernel is None:
         return None
+    most = MAX_KERNELS if weights[name].ndim == 4 else MAX_KERNELS // 2
+    tiles = _tiles(kernel, most)
     panels = {"after training": np.ones(tiles.shape, bool)}
     if name in masks:
-        panels = {"before masking": np.ones(tiles.shape, bool), "after masking": _tiles(masks[name]) == 1}
+        kept = _tiles(_as_convolution(masks[name]), most) == 1
+        panels = {"before masking": np.ones(tiles.shape, bool), "after masking": kept}
     count, height, width = tiles.shape
     panel_height = 5.2 * -(-count // KERNELS_PER_ROW) * height / (min(count, KERNELS_PER_ROW) * width)
     figure = new_figure(title_of(summary), 5.2 * len(panels) + 1, panel_height + 1, layout="compressed")
@@ -165,18 +169,32 @@ def kernels(summary: dict, weights: dict, masks: dict):
         ax.set(xticks=[], yticks=[], facecolor="0.25")
         ax.set_title(f"{text}: {kept.sum():,} weights", fontsize=10)
     figure.colorbar(image, ax=axes, label="weight")
-    caption = f"{name}: {count} of {weights[name].shape[-1]} outputs"
-    if weights[name].ndim == 4 and (channels := weights[name].shape[2]) > 1:
+    caption, channels = f"{name}: {count} of {kernel.shape[-1]} outputs", kernel.shape[2]
+    if channels > 1:
         caption += f", input channels 1 to {min(channels, 3)} of {channels} side by side"
     figure.supxlabel(caption + ("; grey: masked out" if name in masks else ""), fontsize=10)
     return figure
 
 
-def _tiles(kernel: np.ndarray) -> np.ndarray | None:
-    """[n, height, width] pictures of a kernel, or None if it is neither a convolution's nor on 28 x 28 pixels."""
+def _as_convolution(kernel: np.ndarray) -> np.ndarray | None:
+    """The kernel as [height, width, channels, outputs].
+
+    Of a dense layer this is its view of the whole image: square, of 1 or 3 channels. None if its inputs are no such
+    image.
+    """
     if kernel.ndim == 4:
-        return kernel[:, :, :3].transpose(3, 0, 2, 1).reshape(kernel.shape[3], kernel.shape[0], -1)[:MAX_KERNELS]
-    return kernel.T.reshape(-1, 28, 28)[: MAX_KERNELS // 2] if kernel.ndim == 2 and len(kernel) == 784 else None
+        return kernel
+    for channels in (1, 3):
+        side = math.isqrt(len(kernel) // channels)
+        if kernel.ndim == 2 and side * side * channels == len(kernel) and side >= SMALLEST_IMAGE:
+            return kernel.reshape(side, side, channels, -1)
+    return None
+
+
+def _tiles(kernel: np.ndarray, most: int) -> np.ndarray:
+    """[n, height, channels * width] pictures of the first outputs of a kernel [height, width, channels, outputs]."""
+    kernel = kernel[:, :, :3, :most]
+    return kernel.transpose(3, 0, 2, 1).reshape(kernel.shape[3], kernel.shape[0], -1)
 
 
 def _mosaic(tiles: np.ndarray) -> np.ndarray:
@@ -191,7 +209,7 @@ def _mosaic(tiles: np.ndarray) -> np.ndarray:
 def flips(summary: dict, records: list[dict]):
     """Mask bits that flipped in each epoch, in percent of the layer's size; None where there are no masks."""
     records = [record for record in records if record.get("flips")]
-    if not records:
+    if not any(any(record["flips"].values()) for record in records):  # no masks, or masks that never change
         return None
     from matplotlib import colormaps
 
@@ -217,8 +235,8 @@ def flips(summary: dict, records: list[dict]):
     return figure
 
 
-def judged(summary: dict):
-    """The reliability diagram, and the gradient flow over epochs; None for a run that was not judged."""
+def assessment(summary: dict):
+    """The reliability diagram, and the gradient flow over epochs; None for a run without --assess."""
     if "reliability" not in summary:
         return None
     figure = new_figure(title_of(summary), 10, 4.4)

@@ -6,48 +6,64 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.run.files import naming
+
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
 MARKERS = "os^vPXD"
 GREY = 0.72  # of what is dropped
 DOTS_PER_INCH = 200
-# What a network is called before and after training.
-STAGES = {
-    "edge-popup": ("random subnetwork", "found subnetwork"),
-    "bernoulli": ("nothing kept", "found subnetwork"),
+USUAL_STAGES = "random subnetwork", "trained subnetwork"  # what a network is called before and after training ...
+STAGES = {  # ... except by these methods
+    "edge-popup": ("random subnetwork", "learned subnetwork"),
+    "bernoulli": ("nothing kept", "learned subnetwork"),
     "dense": ("random network", "trained network"),
     "gradual": ("random network", "trained subnetwork"),
 }
-STAGES |= dict.fromkeys(
-    ("random", "magnitude", "snip", "grasp", "synflow", "set", "rigl"), ("random subnetwork", "trained subnetwork")
-)
-OTHER_STAGES = ("before training", "after training")
+
+
+def stages(method: str) -> tuple[str, str]:
+    """What the network of a method is called before and after training."""
+    return STAGES.get(method, USUAL_STAGES)
 
 
 def save(figure, file: Path) -> None:
-    """Writes a PNG whole or, if anything interrupts it, leaves the old one."""
+    """Writes a PNG atomically. The same figure gives the same bytes in every process."""
+    _fix_layout(figure)
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
+        with naming(file):
+            figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
         os.replace(new, file)
     finally:
         new.unlink(missing_ok=True)
 
 
+def _fix_layout(figure) -> None:
+    """Lays the figure out once, and rounds where its axes are: the last bits of the layout differ between processes."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        ax.set_position([round(float(edge), 4) for edge in ax.get_position(original=True).bounds])
+
+
 def new_figure(title: str, width: float, height: float, layout: str = "constrained"):
+    """An empty figure with a title; width and height in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)  # in inches
+    figure = Figure(figsize=(width, height), layout=layout)
     figure.suptitle(title, fontsize=12)
     return figure
 
 
 def title_of(summary: dict) -> str:
+    """The title of a picture of one run: method, network, data set, density and seed."""
     where = f"{summary['method']} · {summary['model']} on {summary['dataset']}"
     return f"{where} · density {summary['density']:.4g} · seed {summary['seed']}"
 
 
 def style_axes(ax, x: str, y: str) -> None:
+    """Labels the axes, and gives them the grid and the frame that all pictures have."""
     ax.set_xlabel(x, fontsize=9)
     ax.set_ylabel(y, fontsize=9)
     ax.tick_params(labelsize=8)
@@ -62,15 +78,16 @@ def diamond(ax, value: float, colour: str, label: str | None = None) -> None:
 
 
 def epoch_axis(ax, first: int, last: int) -> None:
+    """An x axis of whole epochs."""
     margin = max(0.03 * (last - first), 0.2)
     ax.set_xlim(first - margin, last + margin)
     ax.locator_params(axis="x", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def log_axis(ax, values, accuracy: bool = False) -> None:
-    """A log y axis for values from 0 on; linear below the smallest that is not 0, so that zeros are drawn as well.
+    """A log y axis for values >= 0. It is linear below the smallest positive value, so that zeros are drawn too.
 
-    With `accuracy` the values are errors in percent: the ticks say the accuracies, and higher is better.
+    With `accuracy` the values are errors in percent: the ticks show accuracies, and higher is better.
     """
     values = np.asarray(values)
     values = values[np.isfinite(values)]
@@ -86,7 +103,8 @@ def log_axis(ax, values, accuracy: bool = False) -> None:
     ax.set_ylim(*(top, bottom) if accuracy else (bottom, top))
 
 
-def held_of(records: list[dict]) -> str:
+def split_of(records: list[dict]) -> str:
+    """The split that epochs are evaluated on: "validation" or "test"."""
     return "validation" if "validation_accuracy" in records[0] else "test"
 
 

@@ -4,61 +4,39 @@ import sys
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.run.progress import Bar
 from experiments.tickets.plots import KINDS, by_density
 
 
-class Display:
+class Display(Bar):
     """A context manager around the training of so many networks, each of so many steps."""
 
     def __init__(self, networks: int, steps: int):
-        self._console = Console(file=sys.stdout)
-        self._progress = Progress(
-            TextColumn("network {task.fields[number]}/{task.fields[networks]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            expand=True,
-        )
+        label = "network {task.fields[number]}/{task.fields[networks]}"
+        super().__init__(label, networks * steps, number=1, networks=networks, figures="compiling")
         self._steps, self._networks, self._finished = steps, networks, 0
-        self._task = self._progress.add_task(
-            "train", total=networks * steps, number=1, networks=networks, figures="compiling"
-        )
-
-    def __enter__(self):
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._progress.__exit__(*error)
 
     def step(self, name: str, step: int, figures: dict | None) -> None:
         """A network is at this step, and was measured there; with no figures, it was resumed from it."""
         if figures is None:
-            self._print(f"{name}: goes on from step {step}")
+            self.say(f"{name}: resumes from step {step}")
             return
         text = f"{name}  test accuracy {figures['test_accuracy']:.2%}"
         completed = self._finished * self._steps + step
-        self._progress.update(self._task, completed=completed, number=self._finished + 1, figures=text)
+        self.update(completed=completed, number=self._finished + 1, figures=text)
 
     def network(self, record: dict) -> None:
         """A network is finished."""
         self._finished += 1
-        self._progress.update(self._task, completed=self._finished * self._steps)
-        self._print(
+        self.update(completed=self._finished * self._steps)
+        self.say(
             f"{self._finished:>4}/{self._networks}  trial {record['trial']}  round {record['round']:>2}  "
             f"{record['density']:>6.1%} left  {record['network']:<7} "
             f"test accuracy {record['early_stop_test_accuracy']:.2%} at early stopping, step "
             f"{record['early_stop_step']:,}; {record['test_accuracy']:.2%} at the end"
         )
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_summary(summary: dict, path) -> None:

@@ -1,13 +1,15 @@
-"""The questions that are asked about tickets, each a sweep of the same experiment, with one picture."""
-
-from dataclasses import replace
+"""The questions of the papers about tickets, each a sweep of the same experiment, with one picture."""
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.config.settings import changed
+from experiments.config.tickets import Lottery
+from experiments.data.source import Dataset
 from experiments.plots.style import COLOURS, MARKERS, new_figure, save, style_axes
-from experiments.tickets import rounds as ticket_rounds
+from experiments.run.workdir import Workdir
+from experiments.tickets import rounds
 from experiments.tickets.plots import KINDS, PANELS, band, remaining_axis
 from supermask_jax import lottery, saliency
 from supermask_jax.initializers import signed_deviation
@@ -28,10 +30,10 @@ FIGURES = ("validation_accuracy", "test_accuracy")
 UNTRAINED_DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 
-def run(config, dataset) -> dict:
+def run(config: Lottery, dataset: Dataset) -> dict:
     """Runs, or resumes, every value of the sweep in a directory of its own; returns the summary."""
     summary_keys = {"sweep", "dataset", "model", "rows", "seed", "config"}
-    workdir = ticket_rounds.open_workdir(config, dataset, summary_keys=summary_keys)
+    workdir = rounds.open_workdir(config, dataset, summary_keys=summary_keys)
     summary = workdir.summary()
     if not summary:
         rows = (
@@ -40,7 +42,7 @@ def run(config, dataset) -> dict:
         summary = {
             "sweep": config.sweep,
             "dataset": dataset.name,
-            "model": config.model,
+            "model": config.model.model,
             "rows": rows,
             "seed": config.seed,
             "config": workdir.config(),
@@ -52,7 +54,7 @@ def run(config, dataset) -> dict:
     return summary
 
 
-def compared(config, dataset, workdir) -> list[dict]:
+def compared(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:
     """A row for each network of the last round: the value of the sweep, the kind, the trial and its figures.
 
     All prune in one shot, but the sweep over the number of rounds.
@@ -60,40 +62,42 @@ def compared(config, dataset, workdir) -> list[dict]:
     setting, values, _ = SWEEPS[config.sweep]
     rows = []
     for value in values:
-        if setting == "rewind_step" and value >= config.steps:
+        if setting == "rewind_step" and value >= config.tickets.steps:
             continue
         changes = {"rounds": 1, "stability": setting == "rewind_step", setting: value}
-        one = replace(config, sweep="none", density=config.density or SWEEP_DENSITY, **changes)
-        one = replace(one, workdir=str(workdir.path / f"{setting}-{value}"))
+        changes |= {"sweep": "none", "density": config.tickets.density or SWEEP_DENSITY}
+        one = changed(config, **changes, workdir=str(workdir.path / f"{setting}-{value}"))
         one.check()
-        summary = ticket_rounds.run(one, dataset)
-        last = [record for record in summary["networks"] if record["round"] == one.rounds]
+        summary = rounds.run(one, dataset)
+        last = [record for record in summary["networks"] if record["round"] == one.tickets.rounds]
         names = ("trial", "network", "density", *(name for name, _, _ in PANELS), "instability")
         rows += [{"value": value, **{name: r[name] for name in names if name in r}} for r in last]
     return rows
 
 
-def untrained(config, dataset, workdir) -> list[dict]:
+def untrained(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:
     """Accuracies of masks on weights that were never trained: every criterion, at several densities.
 
     The masks are drawn once, from a trained network; kept weights are their initial values, or the signs of these at
     one size. Zhou et al. 2019, section 4.
     """
     rows = []
-    with ticket_rounds.Experiment(replace(config, rounds=0, controls=()), dataset, None, workdir) as experiment:
-        for trial in range(config.trials):
-            [found] = experiment.rounds(trial)
-            initial = experiment.initial(trial)
+    full_only = changed(config, rounds=0, controls=())
+    with rounds.Experiment(full_only, dataset, None, workdir) as experiment:
+        for trial in range(config.tickets.trials):
+            [outcome] = experiment.rounds(trial)
+            start = experiment.initial(trial)
+            initial = start.weights
             full = lottery.full_masks(initial)
             starts = {"initial weights": initial, "signed constants": signed_deviation(initial)}
             for name in (*saliency.CRITERIA, *saliency.RANKED, "random"):
                 key = leaf_key(experiment.key(trial), name)
-                scores = saliency.criterion(name, initial, found.trained, masks=full, key=key)
+                scores = saliency.criterion(name, initial, outcome.trained.weights, masks=full, key=key)
                 for density in UNTRAINED_DENSITIES:
                     masks = lottery.prune_by(scores, full, round(1 - density, 12), scope="layer")
-                    for start, weights in starts.items():
-                        figures = experiment.evaluate(weights, masks)
-                        rows.append({"criterion": name, "density": density, "start": start, "trial": trial, **figures})
+                    for label, weights in starts.items():
+                        figures = experiment.evaluate(start._replace(weights=weights), masks)
+                        rows.append({"criterion": name, "density": density, "start": label, "trial": trial, **figures})
     return rows
 
 
@@ -180,8 +184,8 @@ def show(summary: dict, path) -> None:
                 best = max(mean, key=lambda d: mean[d][0])
                 cells.append(f"{mean[best][1]:.1%} at {best:g}")
             else:
-                found = [r["early_stop_test_accuracy"] for r in of_cell]
-                cells.append(f"{np.mean(found):.2%}" if found else "")
+                accuracies = [r["early_stop_test_accuracy"] for r in of_cell]
+                cells.append(f"{np.mean(accuracies):.2%}" if accuracies else "")
         table.add_row(str(line), *cells)
     console = Console()
     console.print(table)

@@ -1,6 +1,6 @@
 """Iterative pruning as an experiment: trials, rounds, tickets and their controls; its files, its summary."""
 
-import zlib
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,112 +9,149 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data.load import Dataset
-from experiments.run.workdir import Workdir, digest
-from experiments.tickets import display as ticket_display
-from experiments.tickets import plots as ticket_plots
-from experiments.tickets.trainer import Network, Trained, Trainer
-from experiments.training import fit as runner
+from experiments.config.settings import changed, flat, neutral, without_unread
+from experiments.config.tickets import Lottery, Tickets
+from experiments.data.load import load
+from experiments.data.source import Dataset
+from experiments.run.display import show_warning
+from experiments.run.errors import UserError
+from experiments.run.interrupt import stopping
+from experiments.run.names import Settings
+from experiments.run.workdir import Workdir
+from experiments.tickets import display, plots
+from experiments.tickets.trainer import Candidate, Snapshot, Trained, Trainer
+from experiments.training import images, summary
 from supermask_jax import initializers, lottery, saliency
 from supermask_jax.selection import unit_masks
 from supermask_jax.trees import Tree, by_path, leaf_key
 
-OUTPUT = {"lenet-300-100": "Dense_2/kernel", "convnet": "Dense_1/kernel"}  # named: never inferred from order
 SUMMARY_KEYS = {"dataset", "model", "networks", "per_input", "seed", "config"}
+USUAL_VALIDATION = 5000  # or a tenth of a smaller set
 
 
-def run(config, dataset: Dataset, target: Dataset | None = None) -> dict:
-    """All rounds of all trials: their files, their pictures, and the summary.
+def open_data(config: Lottery) -> tuple[Lottery, Dataset, Dataset | None]:
+    """(the settings that the experiment is stored under, the images, those that tickets are transferred to).
+
+    Raises:
+      UserError: the data are missing or damaged, or fewer than --train-images.
+    """
+    dataset = images.open_data(config.data)
+    if dataset.warning:
+        show_warning(dataset.warning)
+    dataset, _ = images.splits(changed(config.data, validation=0), dataset)
+    transfer_to = config.tickets.transfer_to
+    target = load(transfer_to, config.data.data_dir) if transfer_to else None
+    if target and (target.image_shape, target.classes) != (dataset.image_shape, dataset.classes):
+        raise UserError(
+            f"--transfer-to {transfer_to} has images of {target.image_shape} in {target.classes} classes, and "
+            f"{dataset.name} has {dataset.image_shape} in {dataset.classes}: one network must fit both."
+        )
+    tenth = min(len(each.train) for each in (dataset, target) if each) // 10
+    validation = config.data.validation or max(min(USUAL_VALIDATION, tenth), 1)
+    return changed(without_unread(config), dataset=dataset.name, validation=validation), dataset, target
+
+
+def run(config: Lottery, dataset: Dataset, target: Dataset | None = None) -> dict:
+    """Runs, or resumes, all rounds of all trials: their files, their pictures, and the summary.
 
     Args:
-      config: `experiments.lottery.Config`.
+      config: the settings, as `open_data` makes them.
       dataset: images that the tickets are drawn on.
       target: images that tickets and controls are trained and measured on, if not the same.
     """
     workdir = open_workdir(config, dataset, target)
-    summary = workdir.summary()
-    if not summary:
+    result = workdir.summary()
+    if not result:
         networks, inputs = [], []
         with Experiment(config, dataset, target, workdir) as experiment:
-            for trial in range(config.trials):
-                for found in experiment.rounds(trial):
-                    networks.extend(found.records)
-                    if trial == 0 and found.per_input:
-                        inputs.append(found.per_input)
-        summary = {
+            for trial in range(config.tickets.trials):
+                for outcome in experiment.rounds(trial):
+                    networks.extend(outcome.records)
+                    if trial == 0 and outcome.per_input:
+                        inputs.append(outcome.per_input)
+        result = {
             "dataset": (target or dataset).name,
             "tickets_from": dataset.name,
-            "model": config.model,
+            "model": config.model.model,
             "networks": networks,
             "per_input": inputs,
             "compile_seconds": experiment.compile_seconds,
-            "versions": runner.versions(),
+            "versions": summary.versions(),
             "seed": config.seed,
             "config": workdir.config(),
             "data_source": " and ".join(d.source for d in (dataset, target) if d),
         }
-        workdir.finish(summary, lambda: ticket_plots.draw(workdir.path, summary))
-    ticket_display.show_summary(summary, workdir.path)
-    return summary
+        workdir.finish(result, lambda: plots.draw(workdir.path, result))
+    display.show_summary(result, workdir.path)
+    return result
 
 
 def open_workdir(
-    config, dataset: Dataset, target: Dataset | None = None, summary_keys: set[str] = SUMMARY_KEYS
+    config: Lottery, dataset: Dataset, target: Dataset | None = None, summary_keys: set[str] = SUMMARY_KEYS
 ) -> Workdir:
     """The directory that --workdir names, or one named after the settings."""
     kind = "" if config.sweep == "none" else f"{config.sweep}-"
-    name = f"{kind}{config.model}-{dataset.name}-s{config.seed}-{digest(config)}"
-    path = Path(config.workdir).expanduser() if config.workdir else Path("runs/lottery") / name
-    digests = [f"{zlib.crc32(images.train_images.tobytes()):08x}" for images in (dataset, target) if images]
-    return Workdir(path, config, "+".join(digests), summary_keys)
+    settings = Settings(flat(config), neutral(type(config)))
+    name = f"{kind}{config.model.model}-{dataset.name}-s{config.seed}-{settings.digest()}"
+    output = config.output.workdir
+    path = Path(output).expanduser() if output else Path("runs/lottery") / name
+    fingerprints = [each.fingerprint for each in (dataset, target) if each]
+    return Workdir(path, settings, "+".join(fingerprints), summary_keys)
 
 
-class Found(NamedTuple):
+class Outcome(NamedTuple):
     """A round: the networks that were trained under its masks."""
 
     number: int
-    records: list[dict]  # of `tickets.Trained`, with "trial", "round", "network" and the figures of `best`
+    records: list[dict]  # of `trainer.Trained`, with "trial", "round", "network" and the figures of `best`
     per_input: list[float] | None  # the fraction kept of each input's connections, where inputs have such
-    trained: Tree  # the weights that the next masks are drawn from
+    trained: Snapshot  # what the next masks are drawn from
 
 
 class Experiment:
     """The rounds of each trial; a context manager around what it shows while it works."""
 
-    def __init__(self, config, dataset: Dataset, target: Dataset | None, workdir: Workdir):
-        self._config = config
-        kinds = 1 + len(config.controls) + config.stability
-        networks = 1 + config.stability + config.rounds * kinds + (config.rounds + 1) * (target is not None)
-        self._shown = ticket_display.Display(config.trials * networks, config.steps)
-        self._finder = Trainer(config, dataset, workdir, self._shown.step)
-        self._trainer = Trainer(config, target, workdir, self._shown.step) if target else self._finder
-        self._initial: dict[int, Tree] = {}
+    def __init__(self, config: Lottery, dataset: Dataset, target: Dataset | None, workdir: Workdir):
+        self._seed, self._tickets = config.seed, config.tickets
+        tickets = config.tickets
+        kinds = 1 + len(tickets.controls) + tickets.stability
+        networks = 1 + tickets.stability + tickets.rounds * kinds + (tickets.rounds + 1) * (target is not None)
+        self._shown = display.Display(tickets.trials * networks, tickets.steps)
+        self._opened = contextlib.ExitStack()
+
+        def trainer(images: Dataset) -> Trainer:
+            return Trainer(config, images, workdir, self._shown.step, lambda: self._stop_requested())
+
+        self._source = trainer(dataset)
+        self._trainer = trainer(target) if target else self._source
+        self._initial: dict[int, Snapshot] = {}
 
     def __enter__(self):
-        self._shown.__enter__()
+        self._stop_requested = self._opened.enter_context(stopping())
+        self._opened.enter_context(self._shown)
         return self
 
     def __exit__(self, *error):
-        self._shown.__exit__(*error)
+        self._opened.__exit__(*error)
 
     @property
     def compile_seconds(self) -> float:
-        return self._finder.compile_seconds
+        return self._source.compile_seconds
 
-    def rounds(self, trial: int) -> Iterator[Found]:
+    def rounds(self, trial: int) -> Iterator[Outcome]:
         """The rounds of a trial, the full network first (round 0). What is finished is read, not trained again."""
-        config, key = self._config, self.key(trial)
-        start, full = self.start(trial), lottery.full_masks(self.initial(trial))
-        begins = _starts(config, key, start, self._finder.draw(leaf_key(key, "other weights")))
-        transferred = self._trainer is not self._finder
+        tickets, key = self._tickets, self.key(trial)
+        start, full = self.start(trial), lottery.full_masks(self.initial(trial).weights)
+        begins = _starts(tickets, key, start, self._source.draw(leaf_key(key, "other weights")))
+        transferred = self._trainer is not self._source
 
         def network(kind: str, number: int, masks: Tree, trainer: Trainer) -> Trained:
-            weights = begins(kind, number, masks)
+            begin = begins(kind, number, masks)
             order = leaf_key(key, "another order" if kind == "again" else "order")
-            is_new = number > 0 and (kind == "reinit" or (config.kept == "reinit" and kind != "random"))
-            first_step = 0 if is_new else config.rewind_step  # new weights have all their training before them
-            name, is_control = f"trial{trial}-round{number}-{kind}", kind in config.controls
-            trained = trainer.train(Network(name, weights, masks, order, first_step, is_control=is_control))
+            is_new = number > 0 and (kind == "reinit" or (tickets.kept == "reinit" and kind != "random"))
+            first_step = 0 if is_new else tickets.rewind_step  # new weights have all their training before them
+            name, is_control = f"trial{trial}-round{number}-{kind}", kind in tickets.controls
+            trained = trainer.train(Candidate(name, begin, masks, order, first_step, is_control=is_control))
             head = {"trial": trial, "round": number, "network": kind}
             trained = trained._replace(record=head | trained.record | best(trained.record["curve"]))
             self._shown.network(trained.record)
@@ -122,72 +159,80 @@ class Experiment:
 
         def train(_, masks, number):
             kind = "source" if transferred else "ticket"
-            found = network(kind, number, masks, self._finder)
-            return Pruned(begins(kind, number, masks), found)
+            return Pruned(begins(kind, number, masks), network(kind, number, masks, self._source))
 
-        prune = make_prune(config, key)
-        for number, masks, (before, found) in lottery.iterative_pruning(train, start, full, config.rounds, prune):
-            ticket = network("ticket", number, masks, self._trainer) if transferred else found
+        prune = make_prune(tickets, key, self._source.network.last)
+        for number, masks, (before, after) in lottery.iterative_pruning(train, start, full, tickets.rounds, prune):
+            ticket = network("ticket", number, masks, self._trainer) if transferred else after
             records = [ticket.record]
-            if config.stability:
+            if tickets.stability:
                 again = network("again", number, masks, self._trainer)
-                ticket.record["instability"] = instability(before, masks, ticket.drawn, again.drawn)
-            for kind in config.controls if number else ():
-                of_kind = masks if kind == "reinit" else random_control(config, key, number, masks)
+                ends = ticket.drawn.weights, again.drawn.weights
+                ticket.record["instability"] = instability(before.weights, masks, *ends)
+            for kind in tickets.controls if number else ():
+                of_kind = masks if kind == "reinit" else random_control(tickets, key, number, masks)
                 records.append(network(kind, number, of_kind, self._trainer).record)
-            yield Found(number, records, per_input(masks), found.drawn)
+            yield Outcome(number, records, per_input(masks, self._source.network.first), after.drawn)
 
     def key(self, trial: int) -> jax.Array:
         """What everything random in a trial comes from."""
-        return jax.random.fold_in(jax.random.key(self._config.seed), trial)
+        return jax.random.fold_in(jax.random.key(self._seed), trial)
 
-    def initial(self, trial: int) -> Tree:
-        """The weights that a trial begins with."""
+    def initial(self, trial: int) -> Snapshot:
+        """The network that a trial begins with."""
         if trial not in self._initial:
-            self._initial = {trial: self._finder.draw(leaf_key(self.key(trial), "weights"))}
+            self._initial = {trial: self._source.draw(leaf_key(self.key(trial), "weights"))}
         return self._initial[trial]
 
-    def start(self, trial: int) -> Tree:
-        """The weights that its tickets are rewound to: the same, or those after --rewind-step steps of training."""
-        initial, steps = self.initial(trial), self._config.rewind_step
+    def start(self, trial: int) -> Snapshot:
+        """What its tickets are rewound to: the same, or the network after --rewind-step steps of training."""
+        initial, steps = self.initial(trial), self._tickets.rewind_step
         if not steps:
             return initial
         order = leaf_key(self.key(trial), "order")
-        network = Network(f"trial{trial}-rewind", initial, lottery.full_masks(initial), order, last_step=steps)
-        return self._finder.train(network).drawn
+        full = lottery.full_masks(initial.weights)
+        return self._source.train(Candidate(f"trial{trial}-rewind", initial, full, order, last_step=steps)).drawn
 
-    def evaluate(self, weights: Tree, masks: Tree) -> dict[str, float]:
+    def evaluate(self, start: Snapshot, masks: Tree) -> dict[str, float]:
         """Losses and accuracies of a network as it is."""
-        return self._trainer.evaluate(weights, masks)
+        return self._trainer.evaluate(start, masks)
 
 
 class Pruned(NamedTuple):
-    """What masks are drawn from: a network's weights before training, and what came of it."""
+    """What masks are drawn from: a network before training, and what came of it."""
 
-    before: Tree
+    before: Snapshot
     after: Trained
 
 
-def _starts(config, key: jax.Array, start: Tree, other: Tree) -> Callable[[str, int, Tree], Tree]:
-    """(kind of network, round, its masks) -> the weights that it starts from. Round 0 is the full network."""
+def _starts(tickets: Tickets, key: jax.Array, start: Snapshot, other: Snapshot) -> Callable[[str, int, Tree], Snapshot]:
+    """(kind of network, round, its masks) -> what it starts from. Round 0 is the full network."""
+
+    def reshuffled(masks: Tree) -> Snapshot:
+        return start._replace(weights=lottery.reshuffled(leaf_key(key, "reshuffle"), start.weights, masks))
+
+    def signed_constant(masks: Tree) -> Snapshot:
+        constants = initializers.signed_deviation(start.weights)
+        return start._replace(weights=where_kept(masks, constants, start.weights))
+
     ways = {
         "rewind": lambda masks: start,
         "reinit": lambda masks: other,
-        "reshuffle": lambda masks: lottery.reshuffled(leaf_key(key, "reshuffle"), start, masks),
-        "signed-constant": lambda masks: where_kept(masks, initializers.signed_deviation(start), start),
+        "reshuffle": reshuffled,
+        "signed-constant": signed_constant,
     }
     controls = {"reinit": ways["reinit"], "random": ways["rewind"]}
 
-    def begins(kind: str, number: int, masks: Tree) -> Tree:
-        return controls.get(kind, ways[config.kept])(masks) if number else start
+    def begins(kind: str, number: int, masks: Tree) -> Snapshot:
+        return controls.get(kind, ways[tickets.kept])(masks) if number else start
 
     return begins
 
 
-def random_control(config, key: jax.Array, number: int, masks: Tree) -> Tree:
+def random_control(tickets: Tickets, key: jax.Array, number: int, masks: Tree) -> Tree:
     """Random masks that keep as much of each layer: as many weights, or as many whole neurons."""
     key = leaf_key(key, f"random masks {number}")
-    if config.unit == "weight":
+    if tickets.unit == "weight":
         return lottery.random_like(key, masks)
     units = lottery.random_like(key, unit_masks(masks))
     return jax.tree.map(lambda mask, unit: jnp.ones_like(mask) * unit, masks, units)
@@ -198,23 +243,27 @@ def where_kept(masks: Tree, kept: Tree, pruned: Tree) -> Tree:
     return jax.tree.map(lambda k, p, m: k if m is None else jnp.where(m != 0, k, p), kept, pruned, masks)
 
 
-def make_prune(config, key: jax.Array) -> Callable[[Pruned, Tree], Tree]:
-    """(network, masks) -> the next masks, by the criterion and at the rates that the settings name."""
-    fraction, of_output = config.fraction, config.fraction / 2
-    if config.density:
-        fraction = lottery.round_fraction(config.density, config.rounds)
-        of_output = lottery.round_fraction((1 + config.density) / 2, config.rounds)
-    if config.unit == "neuron":
+def make_prune(tickets: Tickets, key: jax.Array, output: str) -> Callable[[Pruned, Tree], Tree]:
+    """(network, masks) -> the next masks, by the criterion and at the rates that the settings name.
+
+    output: the path of the last kernel, of which half as much is pruned.
+    """
+    fraction, of_output = tickets.fraction, tickets.fraction / 2
+    if tickets.density:
+        fraction = lottery.round_fraction(tickets.density, tickets.rounds)
+        of_output = lottery.round_fraction((1 + tickets.density) / 2, tickets.rounds)
+    if tickets.unit == "neuron":
         of_output = 0.0
-    output = OUTPUT[config.model]
 
     def prune(network, masks):
         left = sum(int(jnp.sum(mask)) for mask in jax.tree.leaves(masks))
         random = leaf_key(key, f"of {left}")
-        scores = saliency.criterion(config.criterion, network.before, network.after.drawn, masks=masks, key=random)
+        scores = saliency.criterion(
+            tickets.criterion, network.before.weights, network.after.drawn.weights, masks=masks, key=random
+        )
         rates = {path: of_output if path == output else fraction for path in by_path(masks)}
-        rates = rates if config.scope == "layer" else fraction
-        return lottery.prune_by(scores, masks, rates, scope=config.scope, unit=config.unit)
+        rates = rates if tickets.scope == "layer" else fraction
+        return lottery.prune_by(scores, masks, rates, scope=tickets.scope, unit=tickets.unit)
 
     return prune
 
@@ -242,9 +291,10 @@ def instability(start: Tree, masks: Tree, a: Tree, b: Tree) -> float:
     return 2 * distance(a, b) / (distance(a, start) + distance(b, start))
 
 
-def per_input(masks: Tree) -> list[float] | None:
-    """The fraction kept of each input's connections to the first dense layer; None for other kinds of network."""
-    first = by_path(masks).get("Dense_0/kernel")
-    if first is None or "Conv_0/kernel" in by_path(masks):
-        return None
-    return np.mean(np.asarray(first), axis=1).tolist()
+def per_input(masks: Tree, first: str) -> list[float] | None:
+    """The fraction kept of each input's connections to a first layer that is dense; None for other first layers.
+
+    first: the path of the first kernel.
+    """
+    mask = np.asarray(by_path(masks)[first])
+    return np.mean(mask, axis=1).tolist() if mask.ndim == 2 else None

@@ -1,12 +1,12 @@
 """Networks that are trained under masks, one after another, by one compiled step: the engine of `experiments.lottery`.
 
-Each network leaves a file when it is finished, and checkpoints until then: the same call again goes on where it was.
+Each network leaves a file when it is finished, and checkpoints until then: the same call resumes it.
 """
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,40 @@ import numpy as np
 import optax
 
 import supermask_jax as sm
-from experiments.data import load as data
+from experiments.config.tickets import Lottery
+from experiments.data.batches import hold_out
+from experiments.data.source import Dataset
 from experiments.run.checkpoints import Checkpoints
+from experiments.run.errors import DataError
 from experiments.run.files import read_arrays, read_json, write_arrays, write_json
-from experiments.run.interrupt import stopping
+from experiments.run.interrupt import Interrupted
+from experiments.run.placement import Placement
 from experiments.run.workdir import Workdir
-from experiments.training import recipe
-from experiments.training.evaluation import Evaluator, Held
-from experiments.training.fit import stop_if_not_finite, stop_unless_done
-from experiments.training.stepper import Driver, epoch_order, zero_totals
-from supermask_jax import lottery, models
+from experiments.training import stepper
+from experiments.training.evaluation import Evaluator, Split
+from experiments.training.events import saving, stop_if_not_finite
+from experiments.training.loop import Batch, Event, at, train
+from experiments.training.loss import make_loss
+from experiments.training.network import Network, network
+from experiments.training.optimizer import make_optimizer, make_schedule
+from supermask_jax import lottery
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
 
 
-def build_model(config, classes: int):
-    """The Flax module that the settings name, as Frankle & Carbin 2019 have it: with biases where LeNet has them."""
-    if config.model == "lenet-300-100":
-        return models.LeNet300100(classes, dropout=0.5 if config.dropout else 0.0)
-    return recipe.build_model(config, classes)
+class Snapshot(NamedTuple):
+    """A network at one step: what training is rewound to."""
+
+    weights: Tree
+    model_state: Tree = None  # batch statistics; they belong to the weights
 
 
-class Network(NamedTuple):
-    """What is trained: from which weights, under which masks, on batches in which order, from which step on."""
+class Candidate(NamedTuple):
+    """A network to train: from where, under which masks, on batches in which order, from which step on."""
 
     name: str
-    weights: Tree
+    start: Snapshot
     masks: Tree
     order: jax.Array  # key of the order of the batches
     first_step: int = 0
@@ -52,152 +59,198 @@ class Trained(NamedTuple):
     """A finished network."""
 
     record: dict  # {"density", "layers", "curve": {"step": [...], ...}, "train_seconds"}
-    drawn: Tree | None  # its weights at the step that the next masks are drawn from, or at its last; None of a control
+    drawn: Snapshot | None  # at the step that the next masks are drawn from, or at its last; None of a control
 
 
 class _Progress(NamedTuple):
-    """All that a checkpoint holds."""
+    """What training changes; all that a checkpoint holds."""
 
     state: sm.TrainState
     totals: dict[str, jax.Array]
-    drawn: Tree
-    curve: jax.Array  # [evaluations, len(CURVE)], NaN where not yet measured
-    seconds: jax.Array
+    drawn: Tree  # the weights; with batch statistics {"weights", "model_state"}
+    curve: Any  # [evaluations, len(CURVE)], NaN where not yet measured
+    seconds: Any
 
 
 class Trainer:
     """Trains networks of one shape on one data set; the first one pays for the compilation.
 
     Args:
-      config: settings with the fields of `experiments.lottery.Config`.
-      dataset: images; `config.validation` of the training images are held out.
+      config: the settings.
+      dataset: images; `config.data.validation` of the training images are held out.
       workdir: where the networks leave their files.
       report: called with (network's name, step, the newest row of the curve or None).
+      stop_requested: whether a signal asked this process to stop.
     """
 
-    def __init__(self, config, dataset: data.Dataset, workdir: Workdir, report: Callable):
-        self._config, self._workdir, self._report = config, workdir, report
-        model = build_model(config, dataset.classes)
-        self._blank = recipe.zero_weights(model, dataset.train_images.shape[1:])
-        rest, *held = data.hold_out(dataset, config.validation)
-        self._held = Held("validation", *held)
-        self._test = Held("test", dataset.test_images, dataset.test_labels)
-        self._examples = len(rest.train_labels)
-        decay = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-        schedule = decay if config.schedule == "cosine" else optax.constant_schedule(config.learning_rate)
-        self._tx = recipe.make_optimizer(config, schedule)
-        loss_fn = recipe.make_loss(model, rest.mean, rest.std)
+    def __init__(
+        self,
+        config: Lottery,
+        dataset: Dataset,
+        workdir: Workdir,
+        report: Callable,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ):
+        self._config, self._workdir, self._report, self._stop_requested = config, workdir, report, stop_requested
+        self.network: Network = network(config.model, config.init, dataset.classes, dataset.image_shape)
+        rest, held_out = hold_out(dataset, config.data.validation)
+        self._splits = Split("validation", held_out), Split("test", dataset.test)
+        self._epochs = stepper.Epochs(len(rest.train), config.optim.batch_size, self.network.has_state)
+        if not self._epochs.steps:
+            raise DataError(f"--batch-size {config.optim.batch_size} needs as many training images as that")
+        schedule = make_schedule(config.optim, config.tickets.steps, self._epochs.steps)
+        self._tx = make_optimizer(config.optim, schedule)
+        loss_fn = make_loss(self.network, rest.mean, rest.std)
         # The masks are in the optimizer's state or in the scores, never in the step: one compilation serves them all.
-        tx = self._with_frozen(lottery.full_masks(self._blank))
+        blank, _ = self.network.blank(jax.random.key(0))
+        tx = self._with_frozen(lottery.full_masks(blank))
         step = sm.make_train_step(sm.identity, loss_fn, tx, learns="weights")
-        self._advance = Driver(step, "weights", rest, recipe.steps_per_call(config))
-        self._evaluator = Evaluator(sm.identity, sm.identity, model, rest)
-        self._orders = {}
+        calls = stepper.steps_per_call(blank)
+        self._stepper = stepper.make_stepper(step, "weights", rest.train, Placement(), calls)
+        self._evaluator = Evaluator(sm.methods.dense(blank), self.network, rest)
 
     @property
     def compile_seconds(self) -> float:
-        return self._advance.compile_seconds
+        return self._stepper.compile_seconds
 
-    def draw(self, key: jax.Array) -> Tree:
-        """New weights: kernels as the settings say, biases 0."""
-        return recipe.INITIALIZERS[self._config.init](key, self._blank)
+    def draw(self, key: jax.Array) -> Snapshot:
+        """A new network: kernels as the settings say, all else as the model says."""
+        return Snapshot(*self.network.init(key))
 
-    def evaluate(self, weights: Tree, masks: Tree) -> dict[str, float]:
+    def evaluate(self, start: Snapshot, masks: Tree) -> dict[str, float]:
         """The figures of `CURVE` for a network as it is."""
-        return dict(zip(CURVE, self._row(self._subnet(weights, masks)), strict=True))
+        return dict(zip(CURVE, self._row(self._subnet(start.weights, masks), start.model_state), strict=True))
 
-    def train(self, network: Network) -> Trained:
-        """Trains a network to its last step, or goes on with it, or reads a finished one."""
+    def train(self, candidate: Candidate) -> Trained:
+        """Trains a network to its last step, or resumes it, or reads a finished one."""
         folder = self._workdir.path / "networks"
         folder.mkdir(exist_ok=True)
-        report, arrays = folder / f"{network.name}.json", folder / f"{network.name}.npz"
-        checkpoints = self._workdir.path / "checkpoints" / network.name
+        report, arrays = folder / f"{candidate.name}.json", folder / f"{candidate.name}.npz"
+        checkpoints = self._workdir.path / "checkpoints" / candidate.name
         if not report.exists():
-            record, drawn = self._train(network, checkpoints)
-            if not network.is_control:
-                masks = {f"masks/{path}": np.asarray(mask, bool) for path, mask in by_path(network.masks).items()}
-                write_arrays(arrays, {f"weights/{path}": leaf for path, leaf in by_path(drawn).items()} | masks)
+            record, drawn = self._train(candidate, checkpoints)
+            if not candidate.is_control:
+                masks = {f"masks/{path}": np.asarray(mask, bool) for path, mask in by_path(candidate.masks).items()}
+                write_arrays(arrays, _stored(drawn) | masks)
             write_json(report, record)  # last: it marks the network as finished
+            if self._stop_requested():
+                raise Interrupted(f"stopped by a signal, after {candidate.name} was finished in {self._workdir.path}.")
         shutil.rmtree(checkpoints, ignore_errors=True)
         record = read_json(report)
-        if network.is_control:
-            return Trained(record, None)
-        kept = read_arrays(arrays)
-        return Trained(
-            record, map_with_name(lambda path, leaf: jnp.asarray(kept[f"weights/{path}"], leaf.dtype), network.weights)
-        )
+        return Trained(record, None if candidate.is_control else _restored(candidate.start, read_arrays(arrays)))
 
-    def _train(self, network: Network, checkpoint_dir: Path) -> tuple[dict, Tree]:
-        config, first = self._config, network.first_step
-        last = config.steps if network.last_step is None else network.last_step
-        at = sorted({first, last, *range(-(-first // config.eval_every) * config.eval_every, last, config.eval_every)})
-        draw_at = max(round(config.prune_at * last), first) if network.last_step is None else last
-        per_epoch = -(-self._examples // config.batch_size)
-        subnet = jax.tree.map(jnp.copy, self._subnet(network.weights, network.masks))  # a step gives its state away
-        tx = self._with_frozen(network.masks)
-        # Copied as well: an optimizer may keep one array in two places, and the same buffer cannot be donated twice.
-        state = jax.tree.map(jnp.copy, sm.init_state(subnet, tx, leaf_key(network.order, "train"), learns="weights"))
-        state = state._replace(step=jnp.int32(first))
-        drawn = jax.tree.map(jnp.copy, network.weights)
-        curve = jnp.full((len(at), len(CURVE)), jnp.nan)
-        start = _Progress(state, zero_totals(), drawn, curve, jnp.float32(0))
+    def _train(self, candidate: Candidate, checkpoint_dir: Path) -> tuple[dict, Snapshot]:
+        config, first = self._config.tickets, candidate.first_step
+        last = config.steps if candidate.last_step is None else candidate.last_step
+        measured = range(-(-first // config.eval_every) * config.eval_every, last, config.eval_every)
+        measured_at = sorted({first, last, *measured})
+        draw_at = max(round(config.prune_at * last), first) if candidate.last_step is None else last
         checkpoints = Checkpoints(checkpoint_dir)
-        with stopping() as asked:
-            step, (state, totals, drawn, curve, seconds) = checkpoints.restore(start) or (first, start)
-            curve, seconds = np.array(curve), float(seconds)
-            if step > first:
-                self._report(network.name, step, None)
-            if step == first:
-                curve[0] = self._row(state.subnet)
-            while step < last:
-                epoch = step // per_epoch
-                begins, ends = epoch * per_epoch, (epoch + 1) * per_epoch
-                save_at = step - step % config.checkpoint_every + config.checkpoint_every
-                stop = min(ends, save_at, *(s for s in (*at, draw_at) if s > step))
-                order = self._order(network.order, epoch)
-                state, totals, elapsed = self._advance(state, totals, order, step - begins, stop - begins)
-                step, seconds = stop, seconds + elapsed
-                stop_if_not_finite(totals, state.subnet.weights, self._workdir)
-                if step == draw_at:
-                    drawn = jax.tree.map(jnp.copy, state.subnet.weights)
-                if step in at:
-                    curve[at.index(step)] = self._row(state.subnet)
-                    self._report(network.name, step, dict(zip(CURVE, curve[at.index(step)], strict=True)))
-                leaves = asked()
-                if (step == save_at or leaves) and step < last:
-                    values = _Progress(state, totals, drawn, jnp.asarray(curve), jnp.float32(seconds))
-                    checkpoints.save(step, values)
-                if leaves:
-                    stop_unless_done(step, last, self._workdir)
-        counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(network.masks).items()}
+        start = self._start(candidate, len(measured_at))
+        step, progress = checkpoints.restore(start) or (first, start)
+        progress = progress._replace(curve=np.array(progress.curve), seconds=float(progress.seconds))
+        if step > first:
+            self._report(candidate.name, step, None)
+        else:
+            progress.curve[0] = self._row(progress.state.subnet, progress.state.model_state)
+        advance = stepper.over(self._stepper, self._epochs, candidate.order)
+        events = self._events(candidate.name, measured_at, draw_at, last, checkpoints)
+        progress = train(advance, progress, step, last, events)
+        counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(candidate.masks).items()}
+        curve = {name: progress.curve[:, i].tolist() for i, name in enumerate(CURVE)}
         record = {
-            "name": network.name,
-            "density": sm.density(network.masks),
+            "name": candidate.name,
+            "density": sm.density(candidate.masks),
             "layers": counts,
-            "curve": {"step": at, **{name: curve[:, i].tolist() for i, name in enumerate(CURVE)}},
-            "train_seconds": seconds,
+            "curve": {"step": measured_at, **curve},
+            "train_seconds": progress.seconds,
         }
-        return record, drawn
+        return record, _unpacked(progress.drawn, progress.state.model_state)
 
-    def _row(self, subnet: sm.Subnet) -> list[float]:
-        _, params = self._evaluator.found(subnet)
-        figures = self._evaluator.figures(params, self._held) | self._evaluator.figures(params, self._test)
+    def _start(self, candidate: Candidate, evaluations: int) -> _Progress:
+        weights, model_state = candidate.start
+        subnet = self._subnet(weights, candidate.masks)
+        tx, key = self._with_frozen(candidate.masks), leaf_key(candidate.order, "train")
+        # A step gives its state away, and an optimizer may keep one array in two places: all of it is copied.
+        state = jax.tree.map(jnp.copy, sm.init_state(subnet, tx, key, model_state, learns="weights"))
+        state = state._replace(step=jnp.int32(candidate.first_step))
+        curve = jnp.full((evaluations, len(CURVE)), jnp.nan)
+        return _Progress(state, stepper.zero_totals(), _packed(state), curve, jnp.float32(0))
+
+    def _events(
+        self, name: str, measured_at: list[int], draw_at: int, last: int, checkpoints: Checkpoints
+    ) -> list[Event]:
+        path = self._workdir.path
+
+        def guard(step: int, progress: _Progress, batch: Batch) -> _Progress:
+            stop_if_not_finite(progress.totals, progress.state.subnet.weights, path)
+            return progress
+
+        def draw(step: int, progress: _Progress, batch: Batch) -> _Progress:
+            return progress._replace(drawn=_packed(progress.state))
+
+        def measure(step: int, progress: _Progress, batch: Batch) -> _Progress:
+            row = self._row(progress.state.subnet, progress.state.model_state)
+            progress.curve[measured_at.index(step)] = row
+            self._report(name, step, dict(zip(CURVE, row, strict=True)))
+            return progress
+
+        def save(step: int, progress: _Progress, batch: Batch) -> _Progress:
+            values = progress._replace(curve=jnp.asarray(progress.curve), seconds=jnp.float32(progress.seconds))
+            checkpoints.save(step, values)
+            return progress
+
+        return [
+            Event(None, guard),
+            Event(at([draw_at], last + 1), draw),
+            Event(at(measured_at, last + 1), measure),
+            *saving(save, self._config.output.checkpoint_every, last, self._stop_requested, path, at_end=False),
+        ]
+
+    def _row(self, subnet: sm.Subnet, model_state: Tree) -> list[float]:
+        _, params = self._evaluator.masked(subnet)
+        figures = {}
+        for split in self._splits:
+            figures |= self._evaluator.figures(params, model_state, split)
         return [figures[name] for name in CURVE]
-
-    def _order(self, key: jax.Array, epoch: int):
-        """The order of the batches; the last one made is remembered, because the next call most often wants it."""
-        name = (*jax.random.key_data(key).tolist(), epoch)
-        if name not in self._orders:
-            self._orders = {name: epoch_order(key, epoch, self._examples, self._config.batch_size)}
-        return self._orders[name]
 
     def _subnet(self, weights: Tree, masks: Tree) -> sm.Subnet:
         """Pruned weights are zero, or stay what they were: then nothing masks them, and the optimizer freezes them."""
-        if self._config.pruned == "freeze":
+        if self._config.tickets.pruned == "freeze":
             return sm.Subnet(weights, jax.tree.map(lambda _: None, weights))
         return sm.Subnet(weights, masks)
 
     def _with_frozen(self, masks: Tree) -> optax.GradientTransformation:
-        if self._config.pruned != "freeze":
+        if self._config.tickets.pruned != "freeze":
             return self._tx
         return optax.chain(self._tx, lottery.frozen(masks))
+
+
+def _packed(state: sm.TrainState) -> Tree:
+    """A copy of the weights, and of the batch statistics where there are any, as a checkpoint holds them."""
+    weights, model_state = state.subnet.weights, state.model_state
+    packed = weights if model_state is None else {"weights": weights, "model_state": model_state}
+    return jax.tree.map(jnp.copy, packed)
+
+
+def _unpacked(packed: Tree, model_state: Tree) -> Snapshot:
+    return Snapshot(packed) if model_state is None else Snapshot(**packed)
+
+
+def _stored(snapshot: Snapshot) -> dict[str, jax.Array]:
+    """{name: array} of a network's file."""
+    return {
+        f"{kind}/{path}": leaf
+        for kind, tree in snapshot._asdict().items()
+        for path, leaf in by_path(tree).items()
+    }  # fmt: skip
+
+
+def _restored(like: Snapshot, arrays: dict[str, np.ndarray]) -> Snapshot:
+    """The snapshot in a network's file, in the structure and dtypes of another."""
+    return Snapshot(
+        *(
+            map_with_name(lambda path, leaf, kind=kind: jnp.asarray(arrays[f"{kind}/{path}"], leaf.dtype), tree)
+            for kind, tree in like._asdict().items()
+        )
+    )

@@ -1,0 +1,114 @@
+"""The tables of docs/scaling.md, from figures that `scaling` measured and from the formulae of `cost_model`."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, most_passes
+from experiments.bench.networks import describe, split_layers
+from experiments.bench.scaling import totals
+from experiments.bench.scaling_step import LAYOUTS
+
+CHIP = "TPU v5p"
+CHIPS_IN_ALL = (8, 256, 4096)
+PER_CHIP, IN_ALL = 32, 4096  # images: the published batch of 256 on 8 chips; and one batch however many chips
+TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str, measured: dict) -> str:
+    """The document, with a new table between each `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Args:
+      text: the document.
+      measured: what `scaling.measure` returns.
+    """
+    tables = {
+        "traffic": traffic_table,
+        "selection": selection_table,
+        "speed": speed_table,
+        "resnet-50": lambda measured: cost_table("resnet-50", measured),
+        "wide-resnet-50": lambda measured: cost_table("wide-resnet-50", measured),
+    }
+    return TABLE.sub(lambda match: match[1] + tables[match[2]](measured) + match[3], text)
+
+
+def traffic_table(measured: dict) -> str:
+    """Bytes of the compiled step, beside those of the formulae."""
+    lines = []
+    for one in measured["traffic"]:
+        if not one["as_on_accelerators"]:
+            continue
+        parts = [kinds for part, kinds in one["parts"].items() if "selection" not in part]
+        network = describe(one["network"])
+        formulae = "-"
+        if one["layout"] != "sharded":
+            split = split_layers(network.scores, one["devices"]) if one["layout"] == "gathered" else ()
+            by_part = collective_bytes(network, one["layout"], split)
+            by_formula = sum(sum(kinds.values()) for kinds in by_part.values())
+            formulae = "equal" if by_formula == totals(one)["others"] else f"{by_formula:,}"
+        kinds = [sum(of.get(kind, 0) for of in parts) for kind in ("all-reduce", "all-gather")]
+        others = totals(one)["others"] - sum(kinds)
+        lines.append(
+            (f"{one['network']}, {one['scores']:,}", one["layout"], *map("{:,}".format, (*kinds, others)), formulae)
+        )
+    return table(("network, scores", "scores are", "all-reduce", "all-gather", "other", "by formula"), lines)
+
+
+def selection_table(measured: dict) -> str:
+    """What selection exchanges where scores are split, and how often."""
+    lines = []
+    for one in measured["traffic"]:
+        if one["layout"] != "gathered" or not one["as_on_accelerators"]:
+            continue
+        (on_cpu,) = (
+            totals(other)["a pass"]
+            for other in measured["traffic"]
+            if other["network"] == one["network"] and not other["as_on_accelerators"]
+        )
+        bytes_, passes = totals(one), measured["passes"][one["network"]]
+        largest = max(map(math.prod, describe(one["network"]).scores.values()))
+        whole = bytes_["once"] + max(passes.values()) * bytes_["a pass"]
+        sizes = (f"{size:,}" for size in (bytes_["a pass"], on_cpu, bytes_["once"], whole))
+        counted = (", ".join(map(str, passes.values())), most_passes(largest))
+        lines.append((f"{one['network']}, {one['scores']:,}", one["layers"], *sizes, *counted))
+    head = ("network, scores", "layers", "bytes a pass", "on a CPU", "once", "in all", "passes", "at most")
+    return table(head, lines)
+
+
+def speed_table(measured: dict) -> str:
+    """Steps per second of fake devices, medians, and the share of a step that selection takes."""
+    lines = []
+    for n, seconds in measured["speed"].items():
+        seconds = {name: np.array(of) for name, of in seconds.items()}
+        rates = [f"{np.median(1 / seconds[layout]):.1f}" for layout in (*LAYOUTS, "pmap")]
+        shares = [seconds[f"selection, {layout}"] / seconds[layout] for layout in LAYOUTS[:2]]
+        lines.append((n, *rates, *(f"{np.median(share):.0%}" for share in shares)))
+    head = ("devices", *LAYOUTS, "pmap", "selection, replicated", "selection, sharded")
+    return table(head, lines)
+
+
+def cost_table(name: str, measured: dict) -> str:
+    """The cost model's times and bytes of a step on 8, 256 and 4,096 chips."""
+    network, passes, lines = describe(name), max(measured["passes"][name].values()), []
+    for chips in CHIPS_IN_ALL:
+        split = split_layers(network.scores, chips)
+        for images in sorted({PER_CHIP, IN_ALL // chips}):
+            for layout in ("replicated", "gathered"):
+                cost = cost_model(network, chips, images, CHIPS[CHIP], layout, split, passes)
+                times = (cost.compute, cost.selection, cost.elementwise, cost.wire, cost.latency)
+                times = (f"{1e3 * seconds:.2f}" for seconds in times)
+                step = f"{1e3 * cost.overlapped:.1f} - {1e3 * cost.apart:.1f}"
+                memory = (f"{size / 1e9:.2f}" for size in (cost.state + cost.temporary, cost.activations))
+                setting = (f"{chips:,} x {images}", f"{chips * images:,}", layout)
+                lines.append((*setting, *times, step, f"{cost.sent / 1e6:,.0f}", *memory))
+    times = ("compute", "selection", "update", "sending", "waiting", "step")
+    return table(("chips x images", "batch", "scores are", *times, "MB sent", "GB", "GB activations"), lines)
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable]) -> str:
+    """Markdown."""
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)

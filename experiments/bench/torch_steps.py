@@ -1,0 +1,78 @@
+"""PyTorch's train steps in a process of their own, for the benchmark to time beside ours.
+
+In one process, the threads of torch and of XLA would wait busily for work and slow each other down. torch is optional,
+so it is imported only where it is measured.
+"""
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.bench.rows import cores
+from experiments.bench.train_step import DENSITY, OurStep, first_batch, make_method
+from experiments.data.augment import normalise
+from experiments.data.source import Dataset
+from supermask_jax.trees import Tree, by_path
+
+
+def why_no_torch() -> str | None:
+    """Why torch cannot be measured, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "torch not installed"
+    supported = jax.default_backend() == "cpu" or torch.cuda.is_available()
+    return None if supported else "torch does not support this device"
+
+
+def torch_arguments(dataset: Dataset, weights: Tree, ours: OurStep) -> dict[str, Any]:
+    """The arguments of `torch_reference.serve`: weights, scores, batch and settings that our edge-popup starts from.
+
+    Args:
+      dataset, weights: of `train_step.noise`.
+      ours: edge-popup's step; only its settings are read.
+    """
+    batch = first_batch(dataset.train, ours.optim.batch_size)
+    arguments = {
+        "weights": by_path(weights),
+        "scores": by_path(make_method("edge-popup", weights).subnet.scores),
+        "images": np.asarray(normalise(batch["image"], dataset.mean, dataset.std)),
+        "labels": batch["label"],
+        "density": DENSITY,
+        "learning_rate": ours.optim.learning_rate,
+        "momentum": ours.optim.momentum,
+        "threads": cores(),
+        "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
+    }
+    return jax.device_get(arguments)
+
+
+@contextlib.contextmanager
+def torch_steps(dataset: Dataset, weights: Tree, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
+    """{name: call}, where a call does as many steps as one of ours, from the same start, and returns the last loss.
+
+    The process ends with the context. Arguments as in `torch_arguments`.
+    """
+    from experiments.bench import torch_reference
+
+    arguments = torch_arguments(dataset, weights, ours)
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=torch_reference.serve, args=(theirs, arguments), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process ends a recv
+
+    def call(name: str) -> float:
+        pipe.send((name, ours.steps))
+        return pipe.recv()
+
+    try:
+        yield {name: partial(call, name) for name in pipe.recv()}
+    finally:
+        process.terminate()
+        process.join()

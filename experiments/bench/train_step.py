@@ -1,0 +1,91 @@
+"""The MNIST convnet's train step as the commands run it, on random images. The benchmark times it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import supermask_jax as sm
+from experiments.config.sections import Init, Model, Optim
+from experiments.data.batches import epoch_order
+from experiments.data.source import Arrays, Dataset, arrays_dataset
+from experiments.training import stepper
+from experiments.training.loss import make_loss
+from experiments.training.network import Network, network
+from experiments.training.optimizer import make_optimizer, make_schedule
+from supermask_jax.methods import Method
+from supermask_jax.trees import Tree
+
+DENSITY = 0.5
+LEARNING_RATE = 0.01  # low: nothing can be learned from noise, and large steps diverge on it
+EPOCHS = 10  # over which the learning rate falls
+UNIFORM_NOISE = {"mean": (0.5,), "std": (12**-0.5,)}
+
+
+class Sizes(NamedTuple):
+    """How large the measured things are. The defaults are MNIST's; tests take smaller ones."""
+
+    images: int = 60_000
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    examples_per_turn: int = 1024  # that a candidate trains on before the next one's turn
+    streamed: tuple[int, int] = (2**16, 2**10)  # scores for bandwidth: more than any cache holds
+
+
+def noise(sizes: Sizes) -> tuple[Dataset, Tree]:
+    """(random images in the shape of MNIST, the convnet's weights for them). A step's time depends on no content."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (sizes.images, *sizes.image_shape), np.uint8)
+    labels = rng.integers(0, 10, sizes.images, np.int32)
+    dataset = arrays_dataset("noise", (images, labels, images[:1], labels[:1]), "random", **UNIFORM_NOISE)
+    weights, _ = convnet(dataset).init(jax.random.key(0))
+    return dataset, jax.device_get(weights)
+
+
+def convnet(dataset: Dataset) -> Network:
+    """The network that `experiments.mnist` trains by default."""
+    return network(Model(), Init(), dataset.classes, dataset.image_shape)
+
+
+def make_method(name: str, weights: Tree) -> Method:
+    """Edge-popup or dense training, from these weights and from the same scores each time."""
+    if name == "dense":
+        return sm.methods.dense(weights)
+    return sm.methods.edge_popup(jax.random.key(0), weights, DENSITY)
+
+
+class OurStep:
+    """A method's train step as `experiments.mnist` runs it. Each call trains for `steps` steps.
+
+    Args:
+      name: "edge-popup" or "dense".
+      dataset, weights: of `noise`.
+      batch: images per step.
+      sizes: how many examples a call trains on.
+    """
+
+    def __init__(self, name: str, dataset: Dataset, weights: Tree, batch: int, sizes: Sizes):
+        self.optim = Optim(batch_size=batch, learning_rate=LEARNING_RATE)
+        examples, key = len(dataset.train), jax.random.key(0)
+        weights = jax.tree.map(jnp.array, weights)  # a copy: the step donates its state
+        loss_fn = make_loss(convnet(dataset), dataset.mean, dataset.std)
+        steps = max(examples // batch, 1)
+        tx = make_optimizer(self.optim, make_schedule(self.optim, EPOCHS * steps, steps))
+        method = make_method(name, weights)
+        self.step = sm.make_train_step(method.mask_fn, loss_fn, tx, learns=method.learns)
+        self.state = sm.init_state(method.subnet, tx, key, learns=method.learns)
+        self.totals = stepper.zero_totals()
+        self.advance = stepper.OnDevice(self.step, method.learns, dataset.train)
+        self._order = epoch_order(key, 0, examples, batch)
+        self.steps = max(self.advance.steps_per_call, sizes.examples_per_turn // batch)
+        self.steps = min(self.steps, len(self._order[0]))
+
+    def __call__(self):
+        self.state, self.totals, _, _ = self.advance(self.state, self.totals, self._order, 0, self.steps)
+        return self.state, self.totals
+
+
+def first_batch(train: Arrays, batch: int) -> dict[str, np.ndarray]:
+    """The first images of a source, as a train step takes them."""
+    examples = train.read(np.arange(min(batch, len(train))))
+    return {**examples, "weight": np.ones(len(examples["label"]), np.float32)}
