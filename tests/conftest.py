@@ -1,6 +1,8 @@
 """What every test runs under: warnings are errors, and arrays of different rank never combine by accident."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +14,15 @@ DATA_DIR = os.environ.get("SUPERMASK_DATA_DIR")  # read once, before any test hi
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    # What this process compiles is kept for its next tests: many compile the same step again. A directory of its own,
+    # because the cache has no locks.
+    config.compiled = tempfile.mkdtemp(prefix="compiled-")
+    jax.config.update("jax_compilation_cache_dir", config.compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

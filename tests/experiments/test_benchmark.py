@@ -9,26 +9,30 @@ import jax
 import numpy as np
 import pytest
 
+import supermask_jax as sm
 from experiments import benchmark
+from experiments.bench import one_device, rows, torch_steps, train_step
 from experiments.run.errors import UserError
 from supermask_jax.trees import by_path
 
-TINY = benchmark.Sizes(images=800, image_shape=(8, 8, 1), examples_per_turn=8, streamed=(64, 16))
+TINY = train_step.Sizes(images=800, image_shape=(8, 8, 1), examples_per_turn=8, streamed=(64, 16))
 BATCH = 8
 
 
-def check_rows(rows):
-    for line in rows:
+def check_rows(lines):
+    for line in lines:
         assert {"group", "name", "unit", "median", "min", "max"} <= line.keys()
         assert line["unit"] in ("ms", "s", "x", "MB", "GB/s")
         assert 0 < line["min"] <= line["median"] <= line["max"] < math.inf
 
 
+@pytest.mark.slow
 def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    monkeypatch.setattr(benchmark, "TARGET_BATCH", BATCH)
+    monkeypatch.setattr(one_device, "TARGET_BATCH", BATCH)
+    monkeypatch.setattr(one_device, "MNIST", TINY)
     file = tmp_path / "new" / "benchmark.json"
-    result = benchmark.main(benchmark.Config(rounds=2, batch_sizes=(BATCH,), output=str(file)), TINY)
+    result = benchmark.main(benchmark.Config(rounds=2, batch_sizes=(BATCH,), output=str(file)))
 
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
     assert result["about"].keys() == {"config", "device", "cores", "torch", "versions"}
@@ -48,21 +52,21 @@ def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
 
 
 def test_the_bandwidth_of_accelerators_runs_here_too():
-    rows = benchmark.time_bandwidth(TINY.streamed, rounds=2)
-    check_rows(rows)
-    assert [line["name"] for line in rows if line["unit"] == "GB/s"] == ["selection", "copy"]
+    lines = one_device.time_bandwidth(TINY.streamed, rounds=2)
+    check_rows(lines)
+    assert [line["name"] for line in lines if line["unit"] == "GB/s"] == ["selection", "copy"]
 
 
 def test_candidates_take_turns_after_the_warm_up():
     calls = []
-    seconds = benchmark.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls == ["a", "b"] * (benchmark.WARM_UP + 3)
+    seconds = rows.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert calls == ["a", "b"] * (rows.WARM_UP + 3)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_a_ratio_is_the_median_of_each_rounds_own_ratio_and_is_held_against_its_target():
+def test_a_ratio_is_the_median_of_each_rounds_own_ratio_and_is_compared_with_its_target():
     seconds = {"a": np.array([1.0, 10.0, 3.0]), "b": np.array([1.0, 5.0, 1.0])}
-    ratio = benchmark.compared("g", seconds, [("a", "b", "<=", 2.5), ("a", "absent", "<=", 1)])[-1]
+    ratio = rows.compared("g", seconds, [("a", "b", "<=", 2.5), ("a", "absent", "<=", 1)])[-1]
     assert ratio == {
         "group": "g",
         "name": "a / b",
@@ -73,7 +77,7 @@ def test_a_ratio_is_the_median_of_each_rounds_own_ratio_and_is_held_against_its_
         "target": "<= 2.5",
         "met": True,
     }
-    assert not benchmark.compared("g", seconds, [("a", "b", ">=", 2.5)])[-1]["met"]
+    assert not rows.compared("g", seconds, [("a", "b", ">=", 2.5)])[-1]["met"]
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"batch_sizes": ()}, {"batch_sizes": (64, 0)}])
@@ -83,16 +87,18 @@ def test_settings_out_of_range_are_user_errors(wrong):
 
 
 def test_flags_are_parsed_before_anything_heavy_is_imported():
-    code = "import sys, experiments.benchmark; sys.exit(any(m in sys.modules for m in ('jax', 'torch', 'flax')))"
+    code = (
+        "import sys, experiments.benchmark; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'torch', 'flax')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_torch_is_given_what_our_edge_popup_starts_from():
-    dataset, weights = benchmark.noise(TINY)
-    ours = benchmark.OurStep("edge-popup", dataset, weights, BATCH, TINY)
+    dataset, weights = train_step.noise(TINY)
+    ours = train_step.OurStep("edge-popup", dataset, weights, BATCH, TINY)
     start = jax.tree.map(np.array, ours.state.subnet)
     ours()  # overwrites its state
-    given = benchmark.torch_arguments(dataset, weights, ours)
+    given = torch_steps.torch_arguments(dataset, weights, ours)
     for name, tree in (("weights", start.weights), ("scores", start.scores)):
         leaves = by_path(tree)
         assert given[name].keys() == leaves.keys()
@@ -105,18 +111,18 @@ def test_torch_is_given_what_our_edge_popup_starts_from():
 def test_torch_takes_the_same_steps():
     """From the same weights and scores on the same batch, ours and torch's have the same losses."""
     pytest.importorskip("torch")
-    dataset, weights = benchmark.noise(TINY)
-    batch = benchmark.first_batch(dataset, BATCH)
+    dataset, weights = train_step.noise(TINY)
+    batch = train_step.first_batch(dataset.train, BATCH)
     losses = {}
     for method in ("edge-popup", "dense"):
-        ours = benchmark.OurStep(method, dataset, weights, BATCH, TINY)
-        step, state = jax.jit(ours.step), ours.state
+        ours = train_step.OurStep(method, dataset, weights, BATCH, TINY)
+        step, state = sm.jit(ours.step), ours.state
         losses[method] = []
         for _ in range(4):
             state, metrics = step(state, batch)
             losses[method].append(float(metrics["loss"]))
     assert ours.steps == 1
-    with benchmark.torch_steps(dataset, weights, ours) as theirs:
+    with torch_steps.torch_steps(dataset, weights, ours) as theirs:
         assert set(theirs) == {"torch, sort", "torch, kthvalue", "torch, dense"}
         for name, call in theirs.items():
             method = "dense" if name == "torch, dense" else "edge-popup"

@@ -11,6 +11,7 @@ import pytest
 from experiments.data import cifar
 from experiments.data import load as data
 from experiments.data.cifar import ARCHIVE, FILES, FOLDER
+from experiments.run.errors import DataError
 
 RECORD = 3073
 RECORDS = 10  # in each of our files, one of each class
@@ -49,11 +50,11 @@ def archived(files, folder=FOLDER):
 
 
 def assert_holds(got, files):
-    """The Dataset's pixels and labels, one by one, are the bytes where the format has them."""
+    """The data set's pixels and labels, one by one, are the bytes where the format has them."""
     train, test = b"".join(files[file] for file in FILES[:-1]), files[FILES[-1]]
     for images, labels, content in (
-        (got.train_images, got.train_labels, train),
-        (got.test_images, got.test_labels, test),
+        (got.train.images, got.train.labels, train),
+        (got.test.images, got.test.labels, test),
     ):
         assert images.dtype == np.uint8 and labels.dtype == np.int32
         assert images.shape == (len(content) // RECORD, 32, 32, 3) and labels.shape == (len(images),)
@@ -83,11 +84,11 @@ def test_each_plane_is_a_channel_and_each_row_a_row():
 
 
 @pytest.mark.parametrize("folder", ["cifar10", FOLDER, f"cifar10/{FOLDER}", ""])
-def test_the_files_are_found_in_every_folder_and_in_their_order(tmp_path, folder):
+def test_the_files_are_read_in_every_folder_and_in_their_order(tmp_path, folder):
     write(tmp_path / folder, contents())
     got = data.load("cifar10", tmp_path)
     assert_holds(got, contents())
-    assert (got.name, got.classes, got.warning) == ("cifar10", 10, None)
+    assert (got.name, got.classes, got.image_shape, got.warning) == ("cifar10", 10, (32, 32, 3), None)
     assert str(tmp_path / folder) in got.source and "\n" not in got.source
 
 
@@ -108,13 +109,17 @@ def test_the_folder_of_the_set_comes_before_the_directory_itself(tmp_path):
     assert_holds(data.load("cifar10", tmp_path), contents(0))
 
 
-def test_statistics_are_those_of_all_scaled_training_pixels(tmp_path):
-    write(tmp_path, contents())
+def test_statistics_are_those_of_each_channel_of_the_training_pixels(tmp_path):
+    files = contents()
+    darker = bytearray(files[FILES[0]])
+    for at in range(0, len(darker), RECORD):
+        darker[at + 1 : at + 1025] = bytes(1024)  # the red plane
+    write(tmp_path, files | {FILES[0]: bytes(darker)})
     got = data.load("cifar10", tmp_path)
-    scaled = got.train_images / 255
-    assert isinstance(got.mean, float) and isinstance(got.std, float)
-    assert got.mean == pytest.approx(scaled.mean(), rel=1e-12)
-    assert got.std == pytest.approx(scaled.std(), rel=1e-12)
+    scaled = got.train.images / 255
+    assert got.mean == pytest.approx(scaled.mean((0, 1, 2)), rel=1e-12)
+    assert got.std == pytest.approx(scaled.std((0, 1, 2)), rel=1e-12)
+    assert got.mean[0] < 0.45 < got.mean[1]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_a_damaged_file_is_named(tmp_path, packed, file, damage, message):
     files = contents()
     files[file] = damage(files[file])
     write(tmp_path / "cifar10", {ARCHIVE: archived(files)} if packed else files)
-    with pytest.raises(data.DataError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         data.load("cifar10", tmp_path)
     path = tmp_path / "cifar10" / (Path(ARCHIVE) / FOLDER if packed else "") / file
     assert str(path) in str(caught.value) and "again" in str(caught.value)
@@ -143,7 +148,7 @@ def test_a_damaged_file_is_named(tmp_path, packed, file, damage, message):
 def test_a_file_has_ten_thousand_records_if_nobody_says_otherwise(tmp_path, monkeypatch):
     monkeypatch.undo()
     write(tmp_path, contents())
-    with pytest.raises(data.DataError, match=rf"{FILES[0]} is truncated: it holds 10 images, the official file 10000"):
+    with pytest.raises(DataError, match=rf"{FILES[0]} is truncated: it holds 10 images, the official file 10000"):
         data.load("cifar10", tmp_path)
 
 
@@ -176,7 +181,7 @@ def test_classes_need_not_be_balanced_within_a_training_file(tmp_path):
 )
 def test_a_split_whose_classes_are_not_balanced_is_refused(tmp_path, change, named):
     write(tmp_path, change(_unbalanced(contents())))
-    with pytest.raises(data.DataError, match="as many of each") as caught:
+    with pytest.raises(DataError, match="as many of each") as caught:
         data.load("cifar10", tmp_path)
     assert named in str(caught.value)
 
@@ -186,13 +191,13 @@ def test_missing_files_are_named(tmp_path):
     for file in (FILES[1], FILES[-1]):
         del files[file]
     write(tmp_path / "cifar10", files)
-    with pytest.raises(data.DataError, match=rf"{tmp_path / 'cifar10'} .* lacks {FILES[1]}, {FILES[-1]}:"):
+    with pytest.raises(DataError, match=rf"{tmp_path / 'cifar10'} .* lacks {FILES[1]}, {FILES[-1]}:"):
         data.load("cifar10", tmp_path)
 
 
 def test_where_there_are_no_files_it_says_which_belong_where(tmp_path):
     for root in (tmp_path, tmp_path / "not there"):
-        with pytest.raises(data.DataError) as caught:
+        with pytest.raises(DataError) as caught:
             data.load("cifar10", root)
         for part in (*FILES, ARCHIVE, root / "cifar10", "binary version", "pickles"):
             assert str(part) in str(caught.value)
@@ -203,7 +208,7 @@ def test_pickles_are_not_read(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     write(folder, {Path(file).stem: b"cos\nabort\n(tR." for file in FILES})  # unpickled, it would end this process
     for root in (tmp_path, folder):
-        with pytest.raises(data.DataError, match="is not in"):
+        with pytest.raises(DataError, match="is not in"):
             data.load("cifar10", root)
 
 
@@ -214,7 +219,7 @@ def test_a_file_that_cannot_be_read_is_a_data_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(data.DataError, match=rf"{FILES[0]} .*Permission denied"):
+    with pytest.raises(DataError, match=rf"{FILES[0]} .*Permission denied"):
         data.load("cifar10", tmp_path)
 
 
@@ -232,7 +237,7 @@ def test_a_file_that_cannot_be_read_is_a_data_error(tmp_path, monkeypatch):
 )
 def test_a_damaged_archive_is_named(tmp_path, content, message):
     write(tmp_path, {ARCHIVE: content})
-    with pytest.raises(data.DataError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         data.load("cifar10", tmp_path)
     assert str(tmp_path / ARCHIVE) in str(caught.value)
 
@@ -246,5 +251,5 @@ def test_an_archive_in_which_a_link_stands_for_a_file_reads_nothing_outside_it(t
         link.type, link.linkname = tarfile.SYMTYPE, str(outside)
         archive.addfile(link)
     write(tmp_path / "data", {ARCHIVE: gzip.compress(stream.getvalue())})
-    with pytest.raises(data.DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot read"):
         data.load("cifar10", tmp_path / "data")

@@ -1,4 +1,4 @@
-"""How a network is judged, against slow arithmetic; the sample, the noise and the sizes that figures are made from."""
+"""How a network is evaluated, against slow arithmetic; the noise and the sizes that figures are made from."""
 
 import math
 from statistics import NormalDist
@@ -9,29 +9,40 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
-from experiments.data import load as data
-from experiments.training import evaluation, recipe
-from experiments.training import fit as runner
-from experiments.training.evaluation import Evaluator, Held, make_flow, noise_like
+from experiments.data.load import load
+from experiments.data.source import Arrays, Dataset
+from experiments.training.evaluation import Evaluator, Split, make_flow, noise_like
+from experiments.training.loss import make_loss
+from experiments.training.network import Network
+from experiments.training.summary import count_flips, sizes
 from supermask_jax import metrics, models
+from supermask_jax.methods import bernoulli, dense, edge_popup
 
 KEY = jax.random.key(0)
+MEAN, STD = 0.1307, 0.3081  # of mnist-5k
 
 
 class Linear:
     """The smallest network: logits are pixels times a matrix."""
 
-    def apply(self, variables, images):
-        return images.reshape(len(images), -1) @ variables["params"]["w"]
+    def logits(self, params, state, images):
+        return images.reshape(len(images), -1) @ params["w"]
 
 
-def dataset_of(images, labels, mean=0.4, std=0.25):
-    return data.Dataset("made up", images, labels, images, labels, mean, std, source="made up")
+def dataset_of(images, labels, mean=(0.4,), std=(0.25,)):
+    examples = Arrays(images, labels)
+    return Dataset("made up", examples, examples, 10, images.shape[1:], mean, std, "00000000", "made up")
 
 
-def pictures(examples, seed):
+def pictures(examples, seed, channels=1):
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (examples, 4, 3, 1)).astype(np.uint8)
+    return rng.integers(0, 256, (examples, 4, 3, channels)).astype(np.uint8)
+
+
+def mlp():
+    """A network of images [4, 3, 1]."""
+    module = models.MLP(10, use_bias=False, hidden=(5,))
+    return Network(module, "Dense_0/kernel", "Dense_1/kernel", (4, 3, 1))
 
 
 def softmax(logits):
@@ -44,28 +55,29 @@ def normalised(images, mean=0.4, std=0.25):
 
 
 @pytest.fixture(scope="module")
-def judged():
+def assessed():
     """(the evaluator, the network, 301 images: a batch, and one that is mostly padding; their labels)."""
     rng = np.random.default_rng(1)
     w = rng.normal(0, 0.5, (12, 10)).astype(np.float32)
     images = pictures(301, seed=2)
     logits = normalised(images) @ w + rng.gumbel(size=(301, 10))  # so that the network is right about as often as sure
     labels = logits.argmax(axis=1).astype(np.int32)
-    evaluator = Evaluator(sm.identity, sm.identity, Linear(), dataset_of(images, labels))
+    evaluator = Evaluator(dense({"w": jnp.asarray(w)}), Linear(), dataset_of(images, labels))
     return evaluator, w, images, labels
 
 
-def judge(judged, others=None):
-    evaluator, w, images, labels = judged
-    return evaluator.judge({"w": jnp.asarray(w)}, Held("test", images, labels), others or {})
+def assess(assessed, others=None):
+    evaluator, w, images, labels = assessed
+    others = {name: Arrays(part, np.zeros(len(part))) for name, part in (others or {}).items()}
+    return evaluator.assess({"w": jnp.asarray(w)}, None, Split("test", Arrays(images, labels)), others)
 
 
-# What a network is judged by.
+# What is measured beside accuracy.
 
 
-def test_calibration_and_brier_score_are_those_of_all_examples(judged):
-    _, w, images, labels = judged
-    got, p = judge(judged), softmax(normalised(images) @ w)
+def test_calibration_and_brier_score_are_those_of_all_examples(assessed):
+    _, w, images, labels = assessed
+    got, p = assess(assessed), softmax(normalised(images) @ w)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
     np.testing.assert_allclose(got["brier"], np.mean(((p - np.eye(10)[labels]) ** 2).sum(axis=1)), rtol=1e-4)
     bins, error = np.ceil(confidence * 15).astype(int) - 1, 0.0
@@ -80,40 +92,41 @@ def test_calibration_and_brier_score_are_those_of_all_examples(judged):
     assert error > 0.01 and sum(got["reliability"]["count"]) == 301
 
 
-def test_adversarial_accuracy_is_that_of_the_closed_form_gradient(judged):
+def test_adversarial_accuracy_is_that_of_the_closed_form_gradient(assessed):
     """The loss's gradient by a pixel is (p - onehot) w^T / std; each pixel moves 8/255 along its sign, in [0, 1]."""
-    _, w, images, labels = judged
+    _, w, images, labels = assessed
     slope = (softmax(normalised(images) @ w) - np.eye(10)[labels]) @ w.T.astype(np.float64)
     moved = np.clip(images.reshape(301, -1) / 255 + 8 / 255 * np.sign(slope), 0, 1)
     hits = ((moved - 0.4) / 0.25 @ w).argmax(axis=1) == labels
-    got = judge(judged)["fgsm_accuracy"]
+    got = assess(assessed)["fgsm_accuracy"]
     assert got == pytest.approx(hits.mean(), abs=1e-9)
     assert 0.1 < got < np.mean((normalised(images) @ w).argmax(axis=1) == labels) - 0.1
 
 
-def test_strangers_are_told_by_the_highest_probability_of_every_image(judged):
-    _, w, images, _ = judged
+def test_out_of_distribution_images_are_told_by_the_highest_probability_of_every_image(assessed):
+    _, w, images, _ = assessed
     others = {"many": pictures(260, seed=3) // 3, "few": pictures(7, seed=4), "itself": images}
-    got = judge(judged, others)["ood_auroc"]
+    got = assess(assessed, others)["ood_auroc"]
     inside = softmax(normalised(images) @ w).max(axis=1)
-    for name, strange in others.items():
-        outside = softmax(normalised(strange) @ w).max(axis=1)
+    for name, other in others.items():
+        outside = softmax(normalised(other) @ w).max(axis=1)
         above = (inside[:, None] > outside[None, :]).mean() + 0.5 * (inside[:, None] == outside[None, :]).mean()
         assert got[name] == pytest.approx(above, abs=2e-4), name
     assert set(got) == set(others) and got["itself"] == 0.5 and abs(got["many"] - 0.5) > 0.05
 
 
 @pytest.mark.parametrize("examples", [1, 250, 301])
-def test_logits_are_those_of_every_image_in_order(judged, examples):
-    evaluator, w, images, _ = judged
-    got = evaluator._all_logits({"w": jnp.asarray(w)}, images[:examples])[0]
+def test_logits_are_those_of_every_image_in_order(assessed, examples):
+    evaluator, w, images, _ = assessed
+    source = Arrays(images[:examples], np.zeros(examples))
+    got = evaluator._all_logits({"w": jnp.asarray(w)}, None, source)[0]
     np.testing.assert_allclose(got, normalised(images[:examples]) @ w, rtol=1e-4, atol=1e-4)
 
 
-def test_the_figures_are_those_of_the_metrics_of_all_logits(judged):
-    _, w, images, labels = judged
+def test_the_figures_are_those_of_the_metrics_of_all_logits(assessed):
+    _, w, images, labels = assessed
     logits = jnp.asarray(normalised(images) @ w, jnp.float32)
-    got = judge(judged)
+    got = assess(assessed)
     assert got["ece"] == pytest.approx(float(metrics.expected_calibration_error(logits, labels)), rel=1e-4)
     assert got["brier"] == pytest.approx(float(metrics.brier(logits, labels)), rel=1e-4)
     assert set(got) == {"ece", "brier", "reliability", "fgsm_accuracy", "ood_auroc"} and got["ood_auroc"] == {}
@@ -123,21 +136,29 @@ def test_the_figures_are_those_of_the_metrics_of_all_logits(judged):
 
 
 def test_noise_is_drawn_from_the_pixels_mean_and_deviation_by_the_seed_alone():
-    dataset = dataset_of(pictures(5, seed=0), np.zeros(5, np.int32), mean=0.5, std=0.1)
-    noise = noise_like(dataset, 3)
+    dataset = dataset_of(pictures(5, seed=0), np.zeros(5, np.int32), mean=(0.5,), std=(0.1,))
+    noise = noise_like(dataset, 3).images
     assert noise.dtype == np.uint8 and noise.shape == (2000, 4, 3, 1)
     np.testing.assert_allclose([noise.mean() / 255, noise.std() / 255], [0.5, 0.1], rtol=0.02)
-    np.testing.assert_array_equal(noise, noise_like(dataset, 3))
-    others = dataset_of(pictures(8, seed=1), np.ones(8, np.int32), mean=0.5, std=0.1)
-    np.testing.assert_array_equal(noise, noise_like(others, 3))  # the images themselves do not matter
-    assert np.mean(noise != noise_like(dataset, 4)) > 0.9
-    assert noise_like(dataset, 3, examples=7).shape == (7, 4, 3, 1)
+    np.testing.assert_array_equal(noise, noise_like(dataset, 3).images)
+    others = dataset_of(pictures(8, seed=1), np.ones(8, np.int32), mean=(0.5,), std=(0.1,))
+    np.testing.assert_array_equal(noise, noise_like(others, 3).images)  # the images themselves do not matter
+    assert np.mean(noise != noise_like(dataset, 4).images) > 0.9
+    assert noise_like(dataset, 3, examples=7).images.shape == (7, 4, 3, 1)
+
+
+def test_noise_has_the_mean_and_deviation_of_each_channel():
+    mean, std = (0.3, 0.5, 0.6), (0.05, 0.1, 0.08)
+    noise = noise_like(dataset_of(pictures(5, 0, channels=3), np.zeros(5, np.int32), mean, std), 3).images / 255
+    np.testing.assert_allclose(noise.mean(axis=(0, 1, 2)), mean, rtol=0.02)
+    np.testing.assert_allclose(noise.std(axis=(0, 1, 2)), std, rtol=0.02)
 
 
 def test_noise_is_cut_off_at_black_and_white():
     """Of a dark set, as digits are: what would be below 0 becomes 0, and nothing wraps round to white."""
-    noise = noise_like(dataset_of(pictures(5, seed=0), np.zeros(5, np.int32), mean=0.1307, std=0.3081), 0) / 255
-    bell = NormalDist(0.1307, 0.3081)
+    dataset = dataset_of(pictures(5, seed=0), np.zeros(5, np.int32), mean=(MEAN,), std=(STD,))
+    noise = noise_like(dataset, 0).images / 255
+    bell = NormalDist(MEAN, STD)
     assert np.mean(noise == 0) == pytest.approx(bell.cdf(0.5 / 255), abs=0.01)
     assert np.mean(noise == 1) == pytest.approx(1 - bell.cdf(254.5 / 255), abs=0.003)
     assert np.mean(noise < 0.3) == pytest.approx(bell.cdf(0.3), abs=0.01)
@@ -152,98 +173,155 @@ def curved(params, model_state, batch, key):
     return loss, (model_state, {})
 
 
-def test_gradient_flow_is_the_norm_over_the_active_weights():
+def test_gradient_flow_is_the_norm_over_the_kept_weights():
     params = {"a": jnp.array([[1.0, 2.0, 3.0]]), "b": jnp.array([4.0])}
     flow = make_flow(curved, {"a": jnp.array([[3.0, 2.0, 1.0]]), "b": jnp.array([3.0])})
     masks = {"a": jnp.array([[1.0, 1.0, 0.0]]), "b": None}
-    assert flow(params, masks) == pytest.approx(5)  # the slopes are 3, 4, 3 and, of what has no mask, 12
-    assert flow(params, {"a": jnp.array([[0.0, 1.0, 1.0]]), "b": jnp.array([1.0])}) == pytest.approx(13)
-    assert flow({"a": 2 * params["a"], "b": params["b"]}, masks) == pytest.approx(10)
-    assert flow(params, {"a": jnp.zeros((1, 3)), "b": None}) == 0
-    assert flow(params, {"a": None, "b": None}) == pytest.approx(math.sqrt(9 + 16 + 9 + 144))  # dense: all
-    assert isinstance(flow(params, masks), float)
+    assert flow(params, None, masks) == pytest.approx(5)  # the slopes are 3, 4, 3 and, of what has no mask, 12
+    assert flow(params, None, {"a": jnp.array([[0.0, 1.0, 1.0]]), "b": jnp.array([1.0])}) == pytest.approx(13)
+    assert flow({"a": 2 * params["a"], "b": params["b"]}, None, masks) == pytest.approx(10)
+    assert flow(params, None, {"a": jnp.zeros((1, 3)), "b": None}) == 0
+    assert flow(params, None, {"a": None, "b": None}) == pytest.approx(math.sqrt(9 + 16 + 9 + 144))  # dense: all
+    assert isinstance(flow(params, None, masks), float)
 
 
 def test_gradient_flow_of_a_network_is_that_of_its_training_loss():
-    model = models.MLP(10, use_bias=False, hidden=(5,))
-    weights = model.init(KEY, jnp.zeros((1, 4, 3, 1)))["params"]
-    masks = sm.random_masks(jax.random.key(1), weights, 0.3)
+    net = mlp()
+    weights, _ = net.init(KEY)
+    masks = sm.jit(lambda key: sm.random_masks(key, weights, 0.3))(jax.random.key(1))
     params = jax.tree.map(jnp.multiply, weights, masks)
     batch = {"image": jnp.asarray(pictures(20, seed=5)), "label": jnp.arange(20) % 10, "weight": jnp.ones(20)}
 
     def loss(params):
-        logits = model.apply({"params": params}, jnp.asarray(normalised(pictures(20, seed=5)), jnp.float32))
+        logits = net.module.apply({"params": params}, jnp.asarray(normalised(pictures(20, seed=5)), jnp.float32))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(20), jnp.arange(20) % 10])
 
-    slopes = jax.tree.map(lambda slope, mask: np.asarray(slope)[np.asarray(mask) == 1], jax.grad(loss)(params), masks)
-    expected = np.linalg.norm(np.concatenate(jax.tree.leaves(slopes)))
-    flow = make_flow(recipe.make_loss(model, 0.4, 0.25), batch)
-    assert flow(params, masks) == pytest.approx(expected, rel=1e-4)
-    assert flow(params, sm.lottery.full_masks(weights)) > 1.2 * expected
-
-
-# The sample of the training images that saliencies and gradient flow see.
-
-
-def uneven(classes):
-    """A training set with so many images of each class, in which the pixels of each image say which it is."""
-    labels = np.repeat(np.arange(10, dtype=np.int32), classes)
-    labels = np.random.default_rng(0).permutation(labels)
-    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
-    return dataset_of(images, labels)
-
-
-def test_a_sample_holds_so_many_of_each_class_in_the_order_of_the_classes():
-    dataset = uneven([20, 9, 3, 20, 20, 20, 20, 20, 20, 0])
-    batch = runner.class_sample(dataset, KEY, 9)
-    counts = [9, 9, 3, 9, 9, 9, 9, 9, 9, 0]  # all there are, where they are fewer
-    np.testing.assert_array_equal(batch["label"], np.repeat(np.arange(10), counts))
-    which = np.asarray(batch["image"])[:, 0, 0, 0]
-    assert batch["image"].dtype == jnp.uint8 and batch["image"].shape == (sum(counts), 2, 2, 1)
-    np.testing.assert_array_equal(dataset.train_labels[which], batch["label"])  # each image with its own label
-    assert len(set(which.tolist())) == len(which)  # and none twice
-    np.testing.assert_array_equal(batch["weight"], np.ones(sum(counts)))
-
-
-def test_the_key_decides_which_images_are_in_a_sample():
-    dataset = uneven([20] * 10)
-    one, again, other = (
-        np.asarray(runner.class_sample(dataset, jax.random.key(seed), 5)["image"])[:, 0, 0, 0] for seed in (1, 1, 2)
+    slopes = jax.tree.map(
+        lambda slope, mask: np.asarray(slope)[np.asarray(mask) == 1], sm.jit(jax.grad(loss))(params), masks
     )
-    np.testing.assert_array_equal(one, again)
-    assert set(one.tolist()) != set(other.tolist())
-    wider = np.asarray(runner.class_sample(dataset, jax.random.key(1), 8)["image"])[:, 0, 0, 0]
-    assert set(one.tolist()) < set(wider.tolist())
+    expected = np.linalg.norm(np.concatenate(jax.tree.leaves(slopes)))
+    flow = make_flow(make_loss(net, (0.4,), (0.25,)), batch)
+    assert flow(params, None, masks) == pytest.approx(expected, rel=1e-4)
+    assert flow(params, None, sm.lottery.full_masks(weights)) > 1.2 * expected
 
 
-# Sizes.
+# Loss and accuracy.
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("mnist-5k")
+
+
+@pytest.fixture(scope="module")
+def popup(digits):
+    """(the evaluator, the method) of edge-popup on the digits."""
+    net = Network(models.LeNet300100(10, use_bias=False), "Dense_0/kernel", "Dense_2/kernel", (28, 28, 1))
+    method = edge_popup(jax.random.key(1), net.init(KEY)[0], 0.3)
+    return Evaluator(method, net, digits), method, net
+
+
+def log_probabilities(net, params, images):
+    logits = net.module.apply({"params": params}, (images / np.float32(255) - MEAN) / np.float32(STD))
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+
+@pytest.mark.parametrize("examples", [1, 249, 250, 1000])
+def test_evaluation_counts_every_example_once(digits, popup, examples):
+    _, method, net = popup
+    evaluator = Evaluator(method, net, digits)  # it keeps what it has been given under a split's name
+    source = digits.test.take(np.arange(examples))
+    masks, params = evaluator.masked(method.subnet)
+    jax.tree.map(np.testing.assert_array_equal, masks, method.mask_fn(method.subnet.scores, None))
+    jax.tree.map(np.testing.assert_array_equal, params, sm.subnetwork(method.mask_fn, method.subnet))
+    got = evaluator.figures(params, None, Split("test", source))
+    log_p = log_probabilities(net, params, source.images)
+    np.testing.assert_allclose(got["test_loss"], -log_p[np.arange(examples), source.labels].mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["test_accuracy"], np.mean(log_p.argmax(-1) == source.labels), atol=1e-9)
+
+
+class Unloaded:
+    """A source that must be read in parts, as one on disk."""
+
+    def __init__(self, arrays):
+        self._arrays, self.labels = arrays, arrays.labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, indices, key=None):
+        assert len(indices) <= 250
+        return self._arrays.read(indices)
+
+
+def test_a_source_that_is_read_in_parts_gives_the_figures_of_one_in_memory(digits, popup):
+    evaluator, method, _ = popup
+    _, params = evaluator.masked(method.subnet)
+    source, others = digits.test.take(np.arange(301)), {"few": digits.test.take(np.arange(7))}
+    whole, parts = Split("some", source), Split("some", Unloaded(source))
+    streamed = evaluator.figures(params, None, parts)
+    assert streamed == pytest.approx(evaluator.figures(params, None, whole), rel=1e-6)
+    others_in_parts = {"few": Unloaded(others["few"])}
+    assert evaluator.assess(params, None, parts, others_in_parts) == evaluator.assess(params, None, whole, others)
+
+
+def test_evaluation_of_sampled_masks_is_the_mean_over_the_keys(digits, popup):
+    *_, net = popup
+    method = bernoulli(net.init(KEY)[0], rescale=True)
+    source = digits.test.take(np.arange(300))
+    split, keys = Split("validation", source), jax.random.split(jax.random.key(5), 3)
+    evaluator = Evaluator(method, net, digits)
+    got = evaluator.sampled_figures(method.subnet, None, split, keys)
+    losses, accuracies = [], []
+    for key in keys:
+        log_p = log_probabilities(net, method.product(method.subnet, key), source.images)
+        losses.append(-log_p[np.arange(300), source.labels].mean())
+        accuracies.append(np.mean(log_p.argmax(-1) == source.labels))
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(got["validation_sampled_loss"], np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(got["validation_sampled_accuracy"], np.mean(accuracies), atol=1e-9)
+    masks, params = evaluator.masked(method.subnet)
+    assert not any(np.any(mask) for mask in jax.tree.leaves(masks))  # logits of 0 keep nothing
+    np.testing.assert_allclose(evaluator.figures(params, None, split)["validation_loss"], np.log(10), rtol=1e-6)
+    assert evaluator.sampled_figures(method.subnet, None, split, keys) == got
+    assert evaluator.sampled_figures(method.subnet, None, split, ()) == {}
+
+
+def test_what_is_evaluated_does_not_share_memory_with_the_state(popup):
+    """Masks that are the scores themselves are given away with the state at the next step."""
+    _, method, net = popup
+    fixed = sm.methods.fixed(method.subnet.weights, method.mask_fn(method.subnet.scores, None))
+    masks, params = Evaluator(fixed, net, dataset_of(pictures(3, 0), np.zeros(3))).masked(fixed.subnet)
+    given = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(fixed.subnet)}
+    assert not given & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((masks, params))}
+
+
+# Flips and sizes.
+
+
+def test_flips_are_counted_per_layer():
+    before = {"a": jnp.array([0.0, 1, 1]), "b": None, "c": jnp.array([1.0, 1])}
+    after = {"a": jnp.array([1.0, 1, 0]), "b": None, "c": jnp.array([1.0, 1])}
+    assert count_flips(before, after) == {"a": 2, "c": 0}
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_sizes_count_what_the_masks_keep(use_bias):
-    model = models.MLP(2, use_bias=use_bias, hidden=(3,))
-    weights = model.init(KEY, jnp.zeros((1, 2, 2, 1)))["params"]
+    net = Network(models.MLP(2, use_bias=use_bias, hidden=(3,)), "Dense_0/kernel", "Dense_1/kernel", (2, 2, 1))
+    weights = net.module.init(KEY, jnp.zeros((1, 2, 2, 1)))["params"]
     masks = jax.tree.map(lambda _: None, weights)
     masks["Dense_0"]["kernel"] = jnp.array([[1.0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0]])
     masks["Dense_1"]["kernel"] = jnp.array([[1.0, 1], [0, 0], [0, 1]])
     biases = 5 if use_bias else 0
-    got = runner.sizes(model, weights, masks, (2, 2, 1))
+    got = sizes(net, weights, None, masks)
     assert got["layers"] == {
         "Dense_0/kernel": {"size": 12, "kept": 4, "density": 4 / 12},
         "Dense_1/kernel": {"size": 6, "kept": 3, "density": 0.5},
     }
-    assert (got["parameters"], got["flops"]) == (7 + biases, 2 * 7)
-    dense = runner.sizes(model, weights, jax.tree.map(lambda _: None, weights), (2, 2, 1))
+    assert (got["parameters"], got["flops"], got["density"]) == (7 + biases, 2 * 7, 7 / 18)
+    dense = sizes(net, weights, None, jax.tree.map(lambda _: None, weights))
     assert {path: layer["kept"] for path, layer in dense["layers"].items()} == {
         "Dense_0/kernel": 12,
         "Dense_1/kernel": 6,
     }
     assert (dense["parameters"], dense["flops"]) == (18 + biases, 2 * 18)
-
-
-def test_padding_fills_the_last_batch_and_nothing_else():
-    part = np.arange(1, 302, dtype=np.int32)
-    batches = evaluation.in_batches(part, 250)
-    assert batches.shape == (2, 250)
-    np.testing.assert_array_equal(batches.ravel(), [*part, *[0] * 199])
-    np.testing.assert_array_equal(evaluation.in_batches(part[:250], 250), part[None, :250])

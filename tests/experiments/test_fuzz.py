@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import supermask_jax as sm
-from experiments.data import cifar
-from experiments.data import load as data
+from experiments.data import cifar, tfds
+from experiments.data.idx import FILES
+from experiments.data.load import load
 from experiments.run import files
-from experiments.run.errors import UserError
+from experiments.run.errors import DataError, UserError
 from supermask_jax.selection import keep_highest_of_all
 
 
@@ -364,7 +365,7 @@ def idx_files():
     """{official name: bytes} of three training and two test images of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
     arrays = (noise[:3], np.array([4, 0, 9], np.uint8), noise[3:], np.array([1, 2], np.uint8))
-    return {name: idx(array) for name, array in zip(data._FILES, arrays, strict=True)}
+    return {name: idx(array) for name, array in zip(FILES, arrays, strict=True)}
 
 
 IDX_FILES = idx_files()
@@ -398,14 +399,14 @@ def test_idx_files_give_exactly_what_they_say_or_a_data_error(stored, named_gz):
     expected = [parsed_split(*stored[:2]), parsed_split(*stored[2:])]
     with folder_of(files) as folder:
         if None in expected or len(set(expected[0][0][1])) == 1:
-            with pytest.raises(data.DataError) as caught:
-                data.load("idx", folder)
+            with pytest.raises(DataError) as caught:
+                load("idx", folder)
             assert str(folder) in str(caught.value)
             return
-        got = data.load("idx", folder)
+        got = load("idx", folder)
     for images, labels, said in (
-        (got.train_images, got.train_labels, expected[0]),
-        (got.test_images, got.test_labels, expected[1]),
+        (got.train.images, got.train.labels, expected[0]),
+        (got.test.images, got.test.labels, expected[1]),
     ):
         assert list(images.shape) == [*said[0][0], 1] and list(labels.shape) == said[1][0]
         assert images.tobytes() == said[0][1] and labels.tolist() == list(said[1][1])
@@ -418,12 +419,12 @@ def test_an_idx_header_that_promises_four_billion_is_refused_before_anything_is_
         at = 4 + 4 * axis
         content = IDX_FILES[file][:at] + b"\xff" * 4 + IDX_FILES[file][at + 4 :]
         with folder_of({**IDX_FILES, file: gzip.compress(content) if compressed else content}) as folder:
-            with contextlib.suppress(data.DataError):
-                data.load("idx", folder)  # what is imported on the way is none of the reader's
+            with contextlib.suppress(DataError):
+                load("idx", folder)  # what is imported on the way is none of the reader's
             tracemalloc.start()
             try:
-                with pytest.raises(data.DataError, match=rf"{file} is truncated: .*4294967295"):
-                    data.load("idx", folder)
+                with pytest.raises(DataError, match=rf"{file} is truncated: .*4294967295"):
+                    load("idx", folder)
                 assert tracemalloc.get_traced_memory()[1] < 10**6
             finally:
                 tracemalloc.stop()
@@ -497,13 +498,13 @@ def test_cifar_files_give_exactly_what_they_say_or_a_data_error(contents):
     files = dict(zip(CIFAR_FILES, contents, strict=True))
     with folder_of(files) as folder, mock.patch.object(cifar, "RECORDS", RECORDS):
         if None in expected:
-            with pytest.raises(data.DataError) as caught:
-                data.load("cifar10", folder)
+            with pytest.raises(DataError) as caught:
+                load("cifar10", folder)
             assert str(folder) in str(caught.value)
             return
-        got = data.load("cifar10", folder)
-    assert_holds(got.train_images, got.train_labels, expected[0])
-    assert_holds(got.test_images, got.test_labels, expected[1])
+        got = load("cifar10", folder)
+    assert_holds(got.train.images, got.train.labels, expected[0])
+    assert_holds(got.test.images, got.test.labels, expected[1])
 
 
 @fuzz(150)
@@ -512,12 +513,12 @@ def test_a_damaged_archive_of_cifar_gives_exactly_the_images_put_in_or_a_data_er
     contents = list(CIFAR_FILES.values())
     with folder_of({"cifar-10-binary.tar.gz": stored}) as folder, mock.patch.object(cifar, "RECORDS", RECORDS):
         try:
-            got = data.load("cifar10", folder)
-        except data.DataError as error:
+            got = load("cifar10", folder)
+        except DataError as error:
             assert stored != CIFAR_ARCHIVE and str(folder) in str(error)
             return
-    assert_holds(got.train_images, got.train_labels, parsed_cifar(contents[:5]))
-    assert_holds(got.test_images, got.test_labels, parsed_cifar(contents[5:]))
+    assert_holds(got.train.images, got.train.labels, parsed_cifar(contents[:5]))
+    assert_holds(got.test.images, got.test.labels, parsed_cifar(contents[5:]))
 
 
 ARRAYS = {  # one of them longer than the first piece that is read of it
@@ -572,7 +573,7 @@ FINGERPRINT = np.array("of what the cache was made from")
 
 def stored_cache():
     with folder_of({}) as folder:
-        data._write_cache(folder / "c.npz", FINGERPRINT, CACHED)
+        tfds.write_cache(folder / "c.npz", FINGERPRINT, CACHED)
         return (folder / "c.npz").read_bytes()
 
 
@@ -586,7 +587,7 @@ STORED_CACHE = stored_cache()
 @example(STORED_CACHE.replace(b"(60, 80)", b"(20, 80)"))  # as above: it would be fewer images
 def test_a_damaged_cache_of_images_gives_exactly_what_was_written_or_nothing(stored):
     with folder_of({"c.npz": stored}) as folder:
-        got = data._read_cache(folder / "c.npz", FINGERPRINT)
+        got = tfds.read_cache(folder / "c.npz", FINGERPRINT)
     if got is None:
         assert stored != STORED_CACHE
     else:

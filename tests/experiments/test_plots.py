@@ -1,19 +1,18 @@
-"""Invariants of experiments/plots.py and overlay.py, on small networks and runs made by hand."""
+"""Invariants of the pictures of runs, and of `experiments.overlay`, on small networks and runs made by hand."""
 
 import json
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
 from experiments import overlay
+from experiments.config.registry import METHODS
+from experiments.plots import lines, style
 from experiments.plots import one_run as plots
-from experiments.plots import style
 from experiments.run.errors import UserError
-from supermask_jax import Subnet
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib's: no handles, no room, no glyph, equal limits
 
@@ -42,12 +41,12 @@ def network(shapes, masks="popup", density=0.3):
             rank = abs(score) if masks == "popup" else score
             mask = (rank >= np.quantile(rank, 1 - density)).astype(np.float32)
         for tree, leaf in ((weights, weight), (scores, score), (kept, mask)):
-            tree[name] = {"kernel": None if leaf is None else jnp.asarray(leaf)}
-        weights[name]["bias"], scores[name]["bias"], kept[name]["bias"] = jnp.zeros(shape[-1]), None, None
+            tree[name] = {"kernel": leaf}
+        weights[name]["bias"], scores[name]["bias"], kept[name]["bias"] = np.zeros(shape[-1], np.float32), None, None
     return weights, scores, kept
 
 
-def run_of(shapes, masks, epochs=3, flips=None, held="test", method="edge-popup", seed=3, last=0.97):
+def run_of(shapes, masks, epochs=3, flips=None, split="test", method="edge-popup", seed=3, last=0.97):
     """(summary, records) of a run on them; flips: in every epoch and layer, by default falling."""
     layers = {}
     for name, shape in sorted(shapes.items()):
@@ -55,7 +54,7 @@ def run_of(shapes, masks, epochs=3, flips=None, held="test", method="edge-popup"
         kept = size if mask is None else int(mask.sum())
         layers[f"{name}/kernel"] = {"size": size, "kept": kept, "density": kept / size}
     density = sum(v["kept"] for v in layers.values()) / sum(v["size"] for v in layers.values())
-    records = [{"epoch": 0, "step": 0, f"{held}_loss": 2.5, f"{held}_accuracy": 0.1}]
+    records = [{"epoch": 0, "step": 0, f"{split}_loss": 2.5, f"{split}_accuracy": 0.1}]
     for epoch in range(1, epochs + 1):
         flipped = {} if method == "dense" else {k: v["size"] // 2**epoch for k, v in layers.items()}
         records.append(
@@ -64,8 +63,8 @@ def run_of(shapes, masks, epochs=3, flips=None, held="test", method="edge-popup"
                 "step": 10 * epoch,
                 "train_loss": 1 / epoch,
                 "train_accuracy": 1 - 0.2 / epoch,
-                f"{held}_loss": 1.1 / epoch,
-                f"{held}_accuracy": last - 0.2 / epoch + 0.2 / epochs,
+                f"{split}_loss": 1.1 / epoch,
+                f"{split}_accuracy": last - 0.2 / epoch + 0.2 / epochs,
                 "flips": flipped if flips is None else dict.fromkeys(flipped, flips),
             }
         )
@@ -127,18 +126,18 @@ def assert_drawn(ax):
 )
 def test_a_run_leaves_pictures_of_something(tmp_path, shapes, masks):
     method = "dense" if masks == "none" else "edge-popup"
-    weights, scores, kept = network(shapes, masks)
-    plots.draw_run(tmp_path, *run_of(shapes, kept, method=method), Subnet(weights, scores), kept)
+    trees = network(shapes, masks)
+    plots.draw_run(tmp_path, *run_of(shapes, trees[2], method=method), *map(named, trees))
     expected = PICTURES[:3] if masks == "none" else PICTURES  # where nothing is masked no mask can flip
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(expected)
     for name in expected:
         assert decoded(tmp_path / name).std() > 5
 
 
-@pytest.mark.parametrize("held", ["test", "validation"])
-def test_one_epoch_is_enough(tmp_path, held):
-    weights, scores, kept = network(CONVNET)
-    plots.draw_run(tmp_path, *run_of(CONVNET, kept, epochs=1, held=held), Subnet(weights, scores), kept)
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_one_epoch_is_enough(tmp_path, split):
+    trees = network(CONVNET)
+    plots.draw_run(tmp_path, *run_of(CONVNET, trees[2], epochs=1, split=split), *map(named, trees))
     assert all(decoded(tmp_path / name).std() > 5 for name in PICTURES)
 
 
@@ -177,11 +176,11 @@ def test_curves_show_every_point_and_put_the_better_higher(perfect):
 
 
 def test_an_accuracy_that_is_not_finite_does_not_stop_the_pictures(tmp_path):
-    weights, scores, kept = network(CONVNET)
-    summary, records = run_of(CONVNET, kept)
+    trees = network(CONVNET)
+    summary, records = run_of(CONVNET, trees[2])
     records[1]["test_loss"] = float("nan")
     records[2]["test_loss"] = float("inf")
-    plots.draw_run(tmp_path, summary, records, Subnet(weights, scores), kept)
+    plots.draw_run(tmp_path, summary, records, *map(named, trees))
     assert decoded(tmp_path / "curves.png").std() > 5
 
 
@@ -255,13 +254,33 @@ def test_kernels_are_of_the_layer_that_sees_the_pixels():
     assert np.array_equal(
         figure.axes[0].images[0].get_array()[1:29, 1:29], weights["Dense_0/kernel"][:, 0].reshape(28, 28)
     )
-    other = {"Dense_0": (20, 5)}
-    weights, _, kept = map(named, network(other))
-    assert plots.kernels(run_of(other, network(other)[2])[0], weights, kept) is None
+    for inputs in (20, 36, 10 * 12):  # no square, a square that is no image's, and an oblong image
+        other = {"Dense_0": (inputs, 5)}
+        weights, _, kept = map(named, network(other))
+        assert plots.kernels(run_of(other, network(other)[2])[0], weights, kept) is None
+
+
+def test_kernels_of_a_dense_layer_are_of_the_size_of_its_images():
+    for height, channels in ((28, 1), (8, 1), (32, 3)):
+        shape = {"Dense_0": (height * height * channels, 5), "Dense_1": (5, 3)}
+        trees = network(shape)
+        weights, _, kept = map(named, trees)
+        figure = plots.kernels(run_of(shape, trees[2])[0], weights, kept)
+        before, after = figure.axes[:2]
+        dots = max(1, 24 // height)  # small ones are enlarged
+        image = before.images[0].get_array()
+        kernel = weights["Dense_0/kernel"].reshape(height, height, channels, 5)  # NHWC, as the network flattens
+        for channel in range(channels):
+            start = 1 + channel * height * dots
+            tile = image[1 : 1 + height * dots : dots, start : start + height * dots : dots]
+            assert np.array_equal(tile, kernel[:, :, channel, 0])
+        assert after.images[0].get_array().count() == kept["Dense_0/kernel"].sum() * dots**2
+        says = ", input channels 1 to 3 of 3 side by side" * (channels == 3)
+        assert f"Dense_0/kernel: 5 of 5 outputs{says}; grey: masked out" in texts(figure)
 
 
 @pytest.mark.parametrize("shapes", [CONVNET, DEEP], ids=["few", "many"])
-@pytest.mark.parametrize("flips", [None, 0, 1])
+@pytest.mark.parametrize("flips", [None, 1])
 def test_flips_are_percentages_of_the_layer_and_zeros_are_shown(shapes, flips):
     summary, records = run_of(shapes, network(shapes)[2], epochs=4, flips=flips)
     records[2]["flips"]["Conv_1/kernel" if shapes is CONVNET else "Stem/kernel"] = 0
@@ -275,21 +294,66 @@ def test_flips_are_percentages_of_the_layer_and_zeros_are_shown(shapes, flips):
     assert ax.lines[0].get_ydata()[0] == pytest.approx(100 * records[1]["flips"][name] / layer["size"])
 
 
+def test_masks_that_never_change_have_no_picture_of_flips():
+    assert plots.flips(*run_of(CONVNET, network(CONVNET)[2], epochs=4, flips=0)) is None
+
+
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    weights, scores, kept = network(CONVNET)
+    trees = network(CONVNET)
     (tmp_path / "curves.png").write_bytes(b"old")
     monkeypatch.setattr(style.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        plots.draw_run(tmp_path, *run_of(CONVNET, kept), Subnet(weights, scores), kept)
+        plots.draw_run(tmp_path, *run_of(CONVNET, trees[2]), *map(named, trees))
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     assert (tmp_path / "curves.png").read_bytes() == b"old"
+
+
+def test_a_method_needs_no_line_of_its_own():
+    for method in (*METHODS, "a new one"):
+        before, after = style.stages(method)
+        assert before != after
+    assert style.stages("a new one") == style.stages("random") == ("random subnetwork", "trained subnetwork")
+    assert style.stages("dense") == ("random network", "trained network")
+
+
+# Lines with bands.
+
+
+def test_a_line_is_the_mean_over_the_seeds_in_a_band_from_the_lowest_to_the_highest():
+    ax = style.new_figure("title", 4, 3).subplots()
+    lines.draw_lines(ax, {"b": {0.2: [0.9, 0.7], 0.1: [0.5]}, "a": {0.2: [0.6]}}, "x", "y", True, ["a", "b"])
+    b, a = ax.lines
+    assert (b.get_color(), a.get_color()) == (style.COLOURS[1], style.COLOURS[0])
+    assert list(b.get_xdata()) == [0.1, 0.2] and list(b.get_ydata()) == pytest.approx([50, 20])
+    places, errors = ax.collections[0].get_paths()[0].vertices.T
+    assert {*errors[places == 0.2].round(6)} == {10, 30}
+    assert_drawn(ax)
+
+
+def test_ticks_are_at_the_values_but_for_those_that_would_overlap():
+    ax = style.new_figure("title", 4, 3).subplots()
+    lines.log_ticks(ax, [0.5, 0.1, 0.11, 0.2, 0.1], percent=True)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["10", "20", "50"]
+
+
+def test_seeds_of_slightly_different_values_share_their_place():
+    rows = [{"name": "n", "asked": 0.1, "density": d, "y": y} for d, y in ((0.0625, 1), (0.1875, 2))]
+    groups = lines.grouped(lines.at_mean(rows, "name", "asked", "density"), "name", "density", "y")
+    assert groups == {"n": {0.125: [1, 2]}}
+
+
+# Several runs.
+
+
+def draw_together(runs, output):
+    overlay.main(overlay.Config(tuple(runs), output))
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
     figures, save = [], style.save
-    monkeypatch.setattr(overlay, "save", lambda figure, file: (figures.append(figure), save(figure, file)))
+    monkeypatch.setattr(style, "save", lambda figure, file: (figures.append(figure), save(figure, file)))
     return figures
 
 
@@ -297,7 +361,7 @@ def test_a_comparison_groups_the_seeds_and_labels_the_means(tmp_path, drawn):
     masks, none = network(CONVNET)[2], network(CONVNET, "none")[2]
     runs = [saved(tmp_path / f"p{s}", *run_of(CONVNET, masks, seed=s, last=0.96 + s / 100)) for s in range(3)]
     runs += [saved(tmp_path / "d", *run_of(CONVNET, none, epochs=5, method="dense", last=0.985))]
-    overlay.draw_together([*runs, runs[0]], tmp_path / "c.png")  # one is given twice
+    draw_together([*runs, runs[0]], tmp_path / "c.png")  # one is given twice
     assert decoded(tmp_path / "c.png").shape[1] == 450
     [figure] = drawn
     assert {"97.00%", "98.50%", "10.00%"} <= {*texts(figure)}
@@ -305,7 +369,7 @@ def test_a_comparison_groups_the_seeds_and_labels_the_means(tmp_path, drawn):
     assert "edge-popup, density 0.3 (mean of 3 seeds)" in texts(figure) and "dense (1 seed)" in texts(figure)
     left, right = figure.axes
     stages = [label.get_text() for label in right.get_yticklabels()]
-    assert stages == ["random subnetwork", "found subnetwork", "random network", "trained network"]
+    assert stages == ["random subnetwork", "learned subnetwork", "random network", "trained network"]
     assert [bar.get_width() for bar in right.patches] == pytest.approx([10, 97, 10, 98.5])
     assert_drawn(left)
     epochs, errors = left.collections[0].get_paths()[0].vertices.T
@@ -317,26 +381,42 @@ def test_a_comparison_tells_groups_apart_by_what_differs(tmp_path, drawn):
     runs = {name: run_of(CONVNET, masks) for name, masks in (("a", sparse), ("b", dense), ("c", dense), ("d", dense))}
     runs["c"][0]["config"].update(learning_rate=0.2)
     runs["d"][0]["model"] = runs["d"][0]["config"]["model"] = "lenet-300-100"
-    overlay.draw_together([saved(tmp_path / name, *run) for name, run in runs.items()], tmp_path / "c.png")
-    found = " | ".join(texts(drawn[0]))
+    draw_together([saved(tmp_path / name, *run) for name, run in runs.items()], tmp_path / "c.png")
+    labels = " | ".join(texts(drawn[0]))
     for label in (
         "density 0.3, convnet (1",
         "density 0.7, convnet, learning_rate 0.1 (1",
         "convnet, learning_rate 0.2 (1",
         "density 0.7, lenet-300-100 (1",
     ):
-        assert label in found
+        assert label in labels
     runs["c"][0]["config"].update(preset="tutorial")
     (tmp_path / "c" / "summary.json").write_text(json.dumps(runs["c"][0]))
-    overlay.draw_together([tmp_path / "b", tmp_path / "c"], tmp_path / "c.png")
+    draw_together([tmp_path / "b", tmp_path / "c"], tmp_path / "c.png")
     assert any(text.endswith("preset tutorial (1 seed)") for text in texts(drawn[1]))
+
+
+def test_settings_that_were_renamed_or_added_do_not_set_runs_apart(tmp_path, drawn):
+    masks = network(CONVNET)[2]
+    runs = [run_of(CONVNET, masks, seed=seed) for seed in range(3)]
+    runs[0][0]["config"].update(judge=True, strangers="kmnist", data="0123abcd")  # as stored before the renaming
+    runs[1][0]["config"].update(assess=True, ood="kmnist", data="4567abcd", biases=False, stream=False, affine=False)
+    runs[2][0]["config"].update(assess=True, ood="kmnist", biases=True)
+    paths = [saved(tmp_path / str(seed), *run) for seed, run in enumerate(runs)]
+    draw_together(paths[:2], tmp_path / "c.png")
+    assert "edge-popup, density 0.3 (mean of 2 seeds)" in texts(drawn[0])
+    draw_together(paths, tmp_path / "c.png")
+    assert {
+        "edge-popup, density 0.3, biases False (mean of 2 seeds)",
+        "edge-popup, density 0.3, biases True (1 seed)",
+    } <= {*texts(drawn[1])}
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     summary, records = run_of(CONVNET, network(CONVNET)[2])
     good = saved(tmp_path / "good", summary, records)
     other = saved(tmp_path / "other", {**summary, "dataset": "mnist"}, records)
-    validated = saved(tmp_path / "validated", *run_of(CONVNET, network(CONVNET)[2], held="validation"))
+    validated = saved(tmp_path / "validated", *run_of(CONVNET, network(CONVNET)[2], split="validation"))
     for bad, says in (
         (other, "mnist, test images; mnist-5k, test images"),
         (validated, "mnist-5k, validation images"),
@@ -345,12 +425,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         (saved(tmp_path / "no_layers", {}, records), "no_layers does not hold a finished run"),
     ):
         with pytest.raises(UserError, match=says):
-            overlay.draw_together([good, bad], tmp_path / "c.png")
+            draw_together([good, bad], tmp_path / "c.png")
     (tmp_path / "short" / "summary.json").unlink()
     (tmp_path / "other" / "metrics.jsonl").write_text('{"epoch": 0, "te')
     for bad in ("short", "other"):
         with pytest.raises(UserError, match="does not hold a finished run"):
-            overlay.draw_together([tmp_path / bad], tmp_path / "c.png")
+            draw_together([tmp_path / bad], tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 
 
@@ -362,7 +442,8 @@ def test_the_command_draws_and_imports_nothing_heavy_for_its_help(tmp_path):
         in subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
     )
     assert decoded(tmp_path / "c.png").std() > 5
-    source = "import sys; import experiments.overlay; sys.exit(bool({'matplotlib', 'jax'} & {*sys.modules}))"
-    subprocess.run([sys.executable, "-c", source], check=True, timeout=60)
+    source = "import sys, experiments.overlay; print(sorted({'jax', 'numpy', 'matplotlib', 'flax'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", source], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
     with pytest.raises(UserError, match="at least one run"):
         overlay.Config().check()

@@ -7,12 +7,13 @@ import re
 import pytest
 
 from experiments import benchmark, scaling_tables
-from experiments.bench import faults, hlo, scaling, scaling_step
+from experiments.bench import child_run, faults, hlo, networks, scaling, scaling_step, tables
 from experiments.bench.cost_model import CHIPS, Assumed, Network, collective_bytes, cost_model, most_passes, state_bytes
 from supermask_jax.threshold import SAMPLE
 
 DEVICES, BATCH = 8, 16
 SMALL, LARGE, NORMALISED = "mnist-convnet", "mlp", "tiny-resnet"  # 1.2 million scores, 25 million, and few
+FILES = scaling_tables.Config()
 COMPILED = [
     *((net, layout, BATCH) for net in (SMALL, LARGE, NORMALISED) for layout in ("replicated", "gathered")),
     (LARGE, "sharded", BATCH),
@@ -23,57 +24,62 @@ COMPILED = [
 @pytest.fixture(scope="module")
 def compiled():
     """{(network, layout, ...): what `traffic` says}, from one process with eight devices."""
-    found = scaling.in_child(DEVICES, scaling_step.traffic, COMPILED, scaling.QUICK)
-    return dict(zip((case[:2] + case[3:] for case in COMPILED), found, strict=True))
+    answers = scaling.in_child(DEVICES, scaling_step.traffic, COMPILED, scaling.QUICK)
+    return dict(zip((case[:2] + case[3:] for case in COMPILED), answers, strict=True))
 
 
 @pytest.fixture(scope="module")
 def described():
-    return {name: scaling_step.describe(name) for name in (SMALL, LARGE, NORMALISED)}
+    return {name: networks.describe(name) for name in (SMALL, LARGE, NORMALISED)}
 
 
 def selection(one):
     return {part: sum(kinds.values()) for part, kinds in one["parts"].items() if "selection" in part}
 
 
+@pytest.mark.slow
 def test_selection_of_split_scores_exchanges_as_many_bytes_a_layer_for_25_million_scores_as_for_1_million(compiled):
     small, large = compiled[SMALL, "gathered"], compiled[LARGE, "gathered"]
     assert (small["scores"], large["scores"]) == (1_199_648, 25_186_304)
     samples = 4 * SAMPLE * 4  # four times a sample of int32: gathered, and what gathering it takes
     for one in (small, large):
-        found = selection(one)
+        exchanged = selection(one)
         for search in ("", ", ties"):
-            assert found[f"selection, a pass{search}"] == 4 * one["layers"]
-            assert 0 < found[f"selection, once{search}"] <= samples * one["layers"]
+            assert exchanged[f"selection, a pass{search}"] == 4 * one["layers"]
+            assert 0 < exchanged[f"selection, once{search}"] <= samples * one["layers"]
         assert one["count"]["selection, a pass"] == 1  # all layers in one collective
     assert samples * large["layers"] < large["scores"] / 1000
 
 
+@pytest.mark.slow
 def test_for_the_other_ways_of_running_it_selection_exchanges_no_more(compiled):
     """Where the compiler may move activations, and where the counts are made as CPUs make them."""
     expected = selection(compiled[LARGE, "gathered"])
     assert selection(compiled[LARGE, "sharded"]) == selection(compiled[LARGE, "gathered", False]) == expected
 
 
+@pytest.mark.slow
 def test_selection_of_replicated_scores_exchanges_nothing(compiled):
     for net in (SMALL, LARGE, NORMALISED):
         assert selection(compiled[net, "replicated"]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ("replicated", "gathered"))
 @pytest.mark.parametrize("net", (SMALL, LARGE, NORMALISED))
 def test_the_formulae_give_the_bytes_of_the_compiled_step_exactly(compiled, described, net, layout):
     one, network = compiled[net, layout], described[net]
-    split = scaling_step.split_layers(network.scores, DEVICES)
+    split = networks.split_layers(network.scores, DEVICES)
     assert split == set(network.scores)  # eight divides something of every layer
     formulae = collective_bytes(network, layout, split, passes=1)
-    found = {part: dict(kinds) for part, kinds in one["parts"].items() if part[-4:] != "ties" and "once" not in part}
-    assert found.pop("batch statistics", {"all-reduce": 0}) == formulae["batch statistics"]
-    assert found.pop("selection, a pass", None) == formulae.get("selection")
-    assert found == {"rest": formulae["gradients and loss"] | formulae.get("weights", {})}
+    parts = {part: dict(kinds) for part, kinds in one["parts"].items() if part[-4:] != "ties" and "once" not in part}
+    assert parts.pop("batch statistics", {"all-reduce": 0}) == formulae["batch statistics"]
+    assert parts.pop("selection, a pass", None) == formulae.get("selection")
+    assert parts == {"rest": formulae["gradients and loss"] | formulae.get("weights", {})}
     assert one["state"] == state_bytes(network, DEVICES, layout, split)
 
 
+@pytest.mark.slow
 def test_what_the_compiler_chooses_for_split_scores_is_the_gradients_once_and_the_weights_or_activations(compiled):
     chosen, gathered = compiled[LARGE, "sharded"]["parts"]["rest"], compiled[LARGE, "gathered"]["parts"]["rest"]
     assert chosen != gathered  # or nothing would be left to choose, and docs/scaling.md says otherwise
@@ -94,9 +100,9 @@ def test_networks_are_described_from_their_shapes(described):
 
 def test_layers_are_split_as_far_as_the_devices_divide_an_axis():
     shapes = {"a": (3, 3, 64, 256), "b": (7, 7, 3, 64), "c": (2048, 1000)}
-    assert scaling_step.split_layers(shapes, 8) == {"a", "b", "c"}
-    assert scaling_step.split_layers(shapes, 256) == {"a", "c"}
-    assert scaling_step.split_layers(shapes, 4096) == set()
+    assert networks.split_layers(shapes, 8) == {"a", "b", "c"}
+    assert networks.split_layers(shapes, 256) == {"a", "c"}
+    assert networks.split_layers(shapes, 4096) == set()
 
 
 @pytest.mark.parametrize(
@@ -128,13 +134,15 @@ def test_the_cost_of_a_step_by_hand():
     assert whole.state == 4 * (3 * 215 + 2 * 7) and whole.sent == pytest.approx(2 * (4 * 216 + 16 * 7) * 3 / 4)
 
 
+@pytest.mark.slow
 def test_passes_over_scores_are_within_the_bound():
     counted = scaling_step.passes(SMALL)
-    largest = max(math.prod(shape) for shape in scaling_step.describe(SMALL).scores.values())
+    largest = max(math.prod(shape) for shape in networks.describe(SMALL).scores.values())
     assert counted.keys() == {"uniform", "normal", "tied"}
     assert all(1 <= n <= most_passes(largest) for n in counted.values())
 
 
+@pytest.mark.slow
 def test_devices_of_a_child_step_and_its_figures_become_rows(compiled):
     speed = scaling.in_child(2, scaling_step.speed, [([2], 4, 1)], scaling.QUICK)[0]
     seconds = speed["2"]
@@ -160,7 +168,7 @@ def test_a_child_that_fails_says_why():
 def test_the_scaling_flag_measures_that_and_nothing_else(monkeypatch, tmp_path, capsys):
     measured = {"traffic": [], "passes": {SMALL: {"normal": 9}}, "speed": {}}
     monkeypatch.setattr(scaling, "measure", lambda rounds: measured if rounds == 3 else None)
-    monkeypatch.setattr(faults, "table", lambda scratch, seconds: [faults.Fault("flood", 7, seconds, [])])
+    monkeypatch.setattr(faults, "table", lambda scratch, seconds: [child_run.Fault("flood", 7, seconds, [])])
     file = tmp_path / "scaling.json"
     result = benchmark.main(benchmark.Config(rounds=3, scaling=True, soak_seconds=5, output=str(file)))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
@@ -171,16 +179,17 @@ def test_the_scaling_flag_measures_that_and_nothing_else(monkeypatch, tmp_path, 
 
 
 def test_the_tables_of_the_document_are_those_of_the_figures_and_formulae():
-    text, measured = scaling_tables.DOCUMENT.read_text(), json.loads(scaling_tables.MEASURED.read_text())
-    assert text.count("<!-- table: ") == len(scaling_tables.TABLE.findall(text)) == 5
-    assert scaling_tables.with_tables(text, measured) == text, "run python -m experiments.scaling_tables"
+    text, measured = FILES.document.read_text(), json.loads(FILES.figures.read_text())
+    assert text.count("<!-- table: ") == len(tables.TABLE.findall(text)) == 5
+    assert tables.with_tables(text, measured) == text, "run python -m experiments.scaling_tables"
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_document_are_those_of_the_compiled_step(compiled):
     """Of what is quick to compile and does not depend on the batch."""
     kept = {
         (one["network"], one["layout"]): one
-        for one in json.loads(scaling_tables.MEASURED.read_text())["traffic"]
+        for one in json.loads(FILES.figures.read_text())["traffic"]
         if one["as_on_accelerators"]
     }
     for net in (SMALL, LARGE):

@@ -1,8 +1,8 @@
 """Sweeps of many small runs: every cell leaves its row, is trained once, and bad settings are refused at once."""
 
-import dataclasses
 import inspect
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,21 +15,24 @@ import PIL.Image
 import pytest
 
 from experiments import compare, pruning_only, random_pruning
-from experiments.data import load as data
-from experiments.mnist import Config
-from experiments.plots import style
-from experiments.run import command_line
+from experiments.config.flags import parser
+from experiments.config.registry import METHODS
+from experiments.config.run import Run, named
+from experiments.config.settings import changed, fields, flat, neutral
+from experiments.data.source import arrays_dataset
+from experiments.plots import lines, style, sweeps
 from experiments.run.errors import UserError
-from experiments.run.workdir import default_path
-from experiments.sweeps import cells
+from experiments.run.names import Settings, default_path
+from experiments.run.workdir import Workdir
+from experiments.sweeps import cells, random_masks, sizes
 from experiments.sweeps import construction as target
-from experiments.training import fit as runner
+from experiments.sweeps.learned import Learned
 from supermask_jax import models
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"compare": compare, "random_pruning": random_pruning, "pruning_only": pruning_only}
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
-JUDGED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
+ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
 TIMES = {"train_seconds"}
 
 
@@ -43,7 +46,7 @@ def coarse_pictures():
 def small(folder, **changes):
     settings = {"methods": ("dense", "bernoulli", "random"), "densities": (0.3,), "seeds": 1, "epochs": 1}
     network = {"model": "mlp", "width": 16, "depth": 1, "dataset": "mnist-5k"}
-    return compare.Config(**settings | network | {"workdir": str(folder / "compare")} | changes)
+    return changed(compare.Config(), **settings | network | {"workdir": str(folder / "compare")} | changes)
 
 
 def written(folder):
@@ -60,16 +63,48 @@ def assert_is_a_picture(file):
     assert min(pixels.shape) > 80 and pixels.std() > 5
 
 
-def trained(patch):
-    """The names of the directories that are trained in from now on; a stand-in for `runner._train` notes them."""
-    names, train = [], runner._train
+def trained(patch, interrupt_at=None):
+    """The names of the directories that are trained in from now on; training in the one at that place is stopped."""
+    names, fit = [], cells.fit
 
-    def noted(config, dataset, held, workdir, *rest):
-        names.append(workdir.path.name)
-        return train(config, dataset, held, workdir, *rest)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    patch.setattr(runner, "_train", noted)
+    def noted(config, *rest, **options):
+        path = Path(config.output.workdir)
+        if not (path / "summary.json").exists():
+            if len(names) == interrupt_at:
+                patch.setattr(Workdir, "append", interrupted)
+            names.append(path.name)
+        return fit(config, *rest, **options)
+
+    patch.setattr(cells, "fit", noted)
     return names
+
+
+def tiny(shape=(8, 8, 1), classes=3):
+    """90 training and 30 test images; each class is bright at other pixels."""
+    labels = np.arange(120, dtype=np.int32) % classes
+    images = np.random.default_rng(0).integers(0, 60, (120, *shape)).astype(np.uint8)
+    pixels = images.reshape(120, -1)
+    pixels[labels[:, None] == np.arange(pixels.shape[1]) % classes] += 150
+    return arrays_dataset("tiny", (images[:90], labels[:90], images[90:], labels[90:]), "made by hand", classes)
+
+
+@pytest.fixture
+def not_trained(monkeypatch):
+    """The settings of the cells that are requested from now on; their figures are made up."""
+    configs = []
+
+    def made_up(config, dataset, experiment, ood=None, single=True):
+        configs.append(config)
+        rng = np.random.default_rng(len(configs))
+        figures = {name: float(value) for name, value in zip(sorted(FIGURES), rng.uniform(0.5, 0.9, 8), strict=True)}
+        assessed = {"ece": 0.01, "brier": 0.1, "fgsm_accuracy": 0.4, "ood_auroc": {"noise": 0.8}}
+        return figures | assessed | {"density": config.masks.density, "gradient_flow": [1.0, float(rng.uniform())]}
+
+    monkeypatch.setattr(cells, "fit", made_up)
+    return configs
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +127,7 @@ def test_every_cell_leaves_a_row_of_its_labels_its_seed_and_its_figures(compared
     ]
     for row in rows:
         sampled = {"test_sampled_accuracy"} if row["method"] == "bernoulli" else set()
-        assert set(row) == {"method", "asked", "seed"} | FIGURES | JUDGED | sampled
+        assert set(row) == {"method", "asked", "seed"} | FIGURES | ASSESSED | sampled
         assert 0.12 < row["test_accuracy"] < 1 and (row["epochs"], row["steps"]) == (1, 63)
         assert 0 <= row["ece"] <= 1 and 0 <= row["brier"] <= 2 and set(row["ood_auroc"]) == {"noise"}
         assert 0 <= row["fgsm_accuracy"] < row["test_accuracy"] and 0 <= row["ood_auroc"]["noise"] <= 1
@@ -121,12 +156,10 @@ def test_the_summary_on_disk_is_what_main_returns_and_the_picture_is_real(compar
 def test_a_second_run_trains_nothing_and_a_wider_one_only_the_new_cells(compared, tmp_path, monkeypatch):
     folder, summary = compared
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "_train", None)
-        again = compare.main(small(tmp_path))
-        renamed = compare.main(small(tmp_path, workdir=str(tmp_path / "another")))  # sweeps share their cells
-    assert again["rows"] == renamed["rows"] == summary["rows"]
     names = trained(monkeypatch)
+    again = compare.main(small(tmp_path))
+    renamed = compare.main(small(tmp_path, workdir=str(tmp_path / "another")))  # sweeps share their cells
+    assert again["rows"] == renamed["rows"] == summary["rows"] and not names
     wider = compare.main(small(tmp_path, densities=(0.3, 0.7)))
     assert len(names) == 1 and names[0].startswith("random-mnist-5k-d0.7-s0-")
     dense, bernoulli, new, random = wider["rows"]
@@ -134,85 +167,137 @@ def test_a_second_run_trains_nothing_and_a_wider_one_only_the_new_cells(compared
     assert new["density"] == pytest.approx(0.7, abs=1e-3)
 
 
-def test_an_interrupted_comparison_goes_on_with_the_rest_and_ends_the_same(compared, tmp_path, monkeypatch):
+def test_an_interrupted_comparison_resumes_with_the_missing_cells_and_has_the_same_rows(
+    compared, tmp_path, monkeypatch
+):
     _, whole = compared
-    settings, train, started = small(tmp_path, methods=("dense", "random")), runner._train, []
-
-    def interrupted(config, *rest):
-        started.append(config.method)
-        if len(started) == 2:
-            raise KeyboardInterrupt
-        return train(config, *rest)
-
+    settings = small(tmp_path, methods=("dense", "random"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runner, "_train", interrupted)
+        names = trained(patch, interrupt_at=1)
         compare.main(settings)
-    assert started == ["dense", "random"] and not list((tmp_path / "compare").iterdir())
+    assert [name.split("-")[0] for name in names] == ["dense", "random"] and not list((tmp_path / "compare").iterdir())
     names = trained(monkeypatch)
     rows = compare.main(settings)["rows"]
     assert [name.split("-")[0] for name in names] == ["random"]
     assert without_times(rows) == [row for row in without_times(whole["rows"]) if row["method"] != "bernoulli"]
 
 
-class Asked(Exception):
+class Requested(Exception):
     pass
 
 
-def grid_of(patch, settings):
-    """The cells that a comparison asks for; none is trained."""
+def grid_of(patch, command, settings):
+    """The cells that a command requests; none is trained."""
 
-    def asked(grid, *_):
-        raise Asked(grid)
+    def requested(grid, *_):
+        raise Requested(grid)
 
-    patch.setattr(cells, "run", asked)
-    with pytest.raises(Asked) as caught:
-        compare.main(settings)
-    return caught.value.args[0]
+    patch.setattr(cells, "run", requested)
+    with pytest.raises(Requested) as caught:
+        command.main(settings)
+    return list(caught.value.args[0])
 
 
-def test_methods_that_take_no_density_get_one_cell_a_seed(tmp_path, monkeypatch):
+def test_methods_that_take_no_density_have_one_cell_for_each_seed(tmp_path, monkeypatch):
     settings = small(tmp_path, methods=compare.ALL, densities=(0.2, 0.7, 0.2), seeds=2)
-    asked = [(c.labels["method"], c.labels["asked"], c.config.seed) for c in grid_of(monkeypatch, settings)]
+    grid = grid_of(monkeypatch, compare, settings)
+    requested = [(c.labels["method"], c.labels["asked"], c.config.seed) for c in grid]
     for method in compare.ALL:
         densities = [1.0] if method in ("dense", "bernoulli") else [0.7, 0.2]
-        assert [a for a in asked if a[0] == method] == [(method, d, s) for d in densities for s in (0, 1)]
-    assert len(asked) == len(set(asked))
+        assert [r for r in requested if r[0] == method] == [(method, d, s) for d in densities for s in (0, 1)]
+    assert len(requested) == len(set(requested))
+
+
+def test_every_registered_method_is_compared_and_the_baseline_comes_first():
+    assert set(compare.ALL) == set(METHODS) and compare.ALL[0] == "dense"
+
+
+# Directories of cells.
+
+# The names of cells that were trained before settings had sections: these are not trained again.
+NAMES = [  # (command, place in its grid, data set, name)
+    ("compare", 0, "mnist", "dense-mnist-s0-1c69cd04"),
+    ("compare", 3, "mnist", "edge-popup-mnist-d0.5-s0-bd202b4d"),
+    ("compare", 18, "mnist", "bernoulli-mnist-s0-d0b56a59"),
+    ("compare", 21, "mnist", "random-mnist-d0.5-s0-8b1e88c6"),
+    ("compare", -1, "mnist", "edge-popup-mnist-d0.02-s2-f9074725"),
+    ("random_pruning", 3, "mnist-5k", "random-mnist-5k-d0.2-s0-b37612cc"),
+    ("random_pruning", 30, "mnist-5k", "grasp-mnist-5k-d0.2-s0-dc038396"),
+    ("random_pruning", -1, "mnist-5k", "random-mnist-5k-d0.05-s2-169d5a7c"),
+    ("pruning_only", 0, "mnist-5k", "edge-popup-mnist-5k-d0.3-s0-3f158be1"),
+    ("pruning_only", 18, "mnist-5k", "edge-popup-mnist-5k-d0.3-s0-c77a136b"),
+    ("pruning_only", -1, "mnist-5k", "edge-popup-mnist-5k-d0.3-s2-8df99e25"),
+]
+
+
+@pytest.mark.parametrize(("command", "place", "dataset", "name"), NAMES)
+def test_the_directory_of_a_cell_has_the_name_that_it_always_had(command, place, dataset, name, tmp_path, monkeypatch):
+    more = {"parts": pruning_only.PARTS[1:], "density": 0.3} if command == "pruning_only" else {}
+    config = changed(COMMANDS[command].Config(), dataset="mnist-5k", workdir=str(tmp_path / "sweep"), **more)
+    cell = grid_of(monkeypatch, COMMANDS[command], config)[place]
+    assert cells.directory(named(cell.config, dataset)) == name
 
 
 def test_cells_that_differ_in_any_setting_lie_in_different_directories():
-    base = cells.cell({}, "random", dataset="mnist-5k").config
+    base = changed(cells.cell({}, "random").config, dataset="mnist-5k")
     elsewhere = {"data_dir", "workdir", "checkpoint_every", "preset"}  # where it lies does not change a cell ...
     elsewhere |= {"devices", "parallel", "shard_scores"}  # ... nor what it is trained on
     elsewhere |= {"coordinator", "num_processes", "process_id"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
-    names = {default_path(base, "cells").name}
-    for field in dataclasses.fields(Config):
-        value = getattr(base, field.name)
+
+    def directory(**settings):
+        return default_path(Settings(flat(changed(base, **settings)), neutral(Run)), "cells").name
+
+    names = {directory()}
+    for field in fields(Run):
+        value = flat(base)[field.name]
         choices = [v for v in getattr(field.type, "__args__", ()) if v != value and v is not type(None)]
         if field.name in elsewhere:
             other = {"preset": "tutorial", "parallel": "pmap"}.get(field.name, 8)
-            assert default_path(dataclasses.replace(base, **{field.name: other}), "cells").name in names
+            assert directory(**{field.name: other}) in names
         else:
-            other = choices[0] if choices else others[type(value)](value)
-            names.add(default_path(dataclasses.replace(base, **{field.name: other}), "cells").name)
-    assert len(names) == 1 + len(dataclasses.fields(Config)) - len(elsewhere)
+            names.add(directory(**{field.name: choices[0] if choices else others[type(value)](value)}))
+    assert len(names) == 1 + len([*fields(Run)]) - len(elsewhere)
+
+
+def test_an_option_that_nothing_reads_is_refused_in_a_cell_too():
+    for settings in ({"width": 7}, {"drop_fraction": 0.1}, {"stream": True}):
+        with pytest.raises(UserError, match="nothing reads --"):
+            cells.cell({}, "random", model="lenet-300-100", **settings)
+
+
+def test_a_setting_out_of_range_is_refused_in_a_cell_too():
+    with pytest.raises(UserError, match="--density must be"):
+        cells.cell({}, "random", density=1.5)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_cell_has_the_settings_of_the_data(command, tmp_path, monkeypatch):
+    chosen = {"dataset": "mnist-5k", "train_images": 900, "validation": 100, "data_dir": str(tmp_path)}
+    more = {"parts": ("width", "depth", "narrow", "data"), "seeds": 1} if command == "pruning_only" else {"seeds": 1}
+    config = changed(COMMANDS[command].Config(), **chosen, **more, workdir=str(tmp_path / "sweep"))
+    grid = grid_of(monkeypatch, COMMANDS[command], config)
+    assert len(grid) > 10
+    for cell in grid:
+        assert {name: flat(cell.config)[name] for name in chosen} == chosen
 
 
 def test_rows_are_grouped_in_their_order_and_those_without_a_value_left_out():
     rows = [{"n": "b", "x": 2, "y": 0.5}, {"n": "a", "x": 1, "y": 0.1}, {"n": "b", "x": 1, "y": None}, {"n": "c"}]
-    groups = cells.grouped([*rows, {"n": "b", "x": 2, "y": 0.25}], "n", "x", "y")
+    groups = lines.grouped([*rows, {"n": "b", "x": 2, "y": 0.25}], "n", "x", "y")
     assert groups == {"b": {2: [0.5, 0.25]}, "a": {1: [0.1]}} and list(groups) == ["b", "a"]
 
 
 # Random pruning.
 
 
+@pytest.mark.slow
 def test_random_pruning_from_end_to_end(tmp_path, monkeypatch, capsys):
     choice = {"densities": (0.3,), "distributions": ("erk", "erk+", "snip"), "methods": ("set", "synflow"), "seeds": 1}
     network = {"model": "cnn", "width": 2, "depth": 2, "widths": (2,), "depths": (2,)}
     training = {"epochs": 1, "batch_size": 15, "dataset": "mnist-5k"}  # 267 steps: set changes its masks once
     path, names = tmp_path / "random_pruning", trained(monkeypatch)
-    summary = random_pruning.main(random_pruning.Config(**choice, **network, **training, workdir=str(path)))
+    summary = random_pruning.main(changed(random_pruning.Config(), **choice, **network, **training, workdir=str(path)))
     labels = ("part", "name", "asked", "width", "depth", "seed")
     assert [tuple(row[label] for label in labels) for row in summary["rows"]] == [
         ("distribution", "dense", 1.0, 2, 2, 0),
@@ -223,13 +308,13 @@ def test_random_pruning_from_end_to_end(tmp_path, monkeypatch, capsys):
         ("size", "dense", 1.0, 2, 2, 0),
         ("size", "random, erk, 30% kept", 0.3, 2, 2, 0),
     ]
-    assert len(set(names)) == 6  # one of them was left out: what both sweeps ask for is trained once
+    assert len(set(names)) == 6  # one of them was left out: a cell of both sweeps is trained once
     for row in summary["rows"]:
         size = 9 * 2 + 9 * 2 * 2 + 2 * 2 * 2 * 10
-        assert set(row) >= FIGURES | JUDGED and row["steps"] == 267 and 0 < row["test_accuracy"] < 1
+        assert set(row) >= FIGURES | ASSESSED and row["steps"] == 267 and 0 < row["test_accuracy"] < 1
         assert 0 <= row["parameters"] - row["asked"] * size <= 3  # each layer rounds up
     (left_out,) = (line for line in capsys.readouterr().out.splitlines() if "left out" in line)
-    assert "random, erk+" in left_out and "the density must be at least 0.597" in left_out  # its last layer alone
+    assert "random, erk+" in left_out and "the density must be at least 0.597" in left_out  # for its last layer
     (rewired,) = (tmp_path / "cells").glob("set-*/metrics.jsonl")
     assert sum(json.loads(rewired.read_text().splitlines()[-1])["flips"].values()) > 0
     assert written(path) == json.loads(json.dumps(summary))
@@ -238,77 +323,161 @@ def test_random_pruning_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert_is_a_picture(picture)
 
 
+def test_random_pruning_draws_its_rows(tmp_path, not_trained):
+    chosen = {"densities": (0.3, 0.7), "distributions": ("erk", "uniform"), "methods": ("set",), "seeds": 2}
+    sizes = {"widths": (2, 3), "depths": (1, 2), "dataset": "mnist-5k", "workdir": str(tmp_path / "sweep")}
+    summary = random_pruning.main(changed(random_pruning.Config(), **chosen, **sizes))
+    assert [row["part"] for row in summary["rows"]] == ["distribution"] * 2 * (1 + 3 * 2) + ["size"] * 2 * 4 * 3
+    assert len({config.seed for config in not_trained}) == 2
+    assert all(config.evaluation.assess and config.optim.learning_rate == 0.01 for config in not_trained)
+    assert written(tmp_path / "sweep") == json.loads(json.dumps(summary))
+    assert {file.name for file in (tmp_path / "sweep").iterdir()} == {
+        "summary.json",
+        "distributions.png",
+        "sizes.png",
+    }
+    for picture in (tmp_path / "sweep").glob("*.png"):
+        assert_is_a_picture(picture)
+
+
 def test_every_size_is_trained_dense_and_at_each_density():
-    settings = random_pruning.Config(densities=(0.2, 0.7), widths=(8, 4), depths=(2, 1), seeds=2)
-    grid = [cell for cell in random_pruning.grid(settings) if cell.labels["part"] == "size"]
-    sizes = [(cell.config.depth, cell.config.width) for cell in grid]
-    assert sizes == [size for size in ((1, 4), (1, 8), (2, 4), (2, 8)) for _ in range(6)]
+    grid = random_masks.by_size((8, 4), (2, 1), ("erk",), (0.2, 0.7), 2, {"model": "cnn"})
+    trained = [(cell.config.model.depth, cell.config.model.width) for cell in grid]
+    assert trained == [size for size in ((1, 4), (1, 8), (2, 4), (2, 8)) for _ in range(6)]
     for i, cell in enumerate(grid):
+        masks = cell.config.masks
         method, density = (("dense", 1.0), ("random", 0.7), ("random", 0.2))[i // 2 % 3]
-        assert (cell.config.method, cell.config.density, cell.config.seed) == (method, density, i % 2)
-        assert (cell.labels["width"], cell.labels["asked"]) == (cell.config.width, density)
-        assert method == "dense" or cell.config.distribution == "erk"
+        assert (masks.method, masks.density, cell.config.seed) == (method, density, i % 2)
+        assert (cell.labels["width"], cell.labels["asked"]) == (cell.config.model.width, density)
+        assert method == "dense" or masks.distribution == "erk"
 
 
-def test_without_sizes_there_is_no_picture_of_sizes():
-    settings = random_pruning.Config(widths=(), seeds=1)
-    assert {cell.labels["part"] for cell in random_pruning.grid(settings)} == {"distribution"}
-    assert random_pruning.draw_sizes({"config": dataclasses.asdict(settings), "rows": []}) is None
+def test_without_sizes_there_is_no_picture_of_sizes(tmp_path, monkeypatch):
+    config = changed(random_pruning.Config(), widths=(), seeds=1, dataset="mnist-5k", workdir=str(tmp_path / "sweep"))
+    assert {cell.labels["part"] for cell in grid_of(monkeypatch, random_pruning, config)} == {"distribution"}
+    assert sweeps.sizes({"config": flat(config), "rows": []}) is None
+
+
+def test_without_the_assessment_only_accuracy_is_drawn():
+    row = {"part": "distribution", "width": 4, "depth": 2, "seed": 0, "flops": 9}
+    rows = [
+        row | {"name": name, "method": name, "asked": density, "density": density, "test_accuracy": 0.9}
+        for name, density in (("dense", 1.0), ("random, erk", 0.3), ("set", 0.3), ("random, erk", 0.7), ("set", 0.7))
+    ]
+    summary = {"config": flat(random_pruning.Config()), "dataset": "mnist-5k", "rows": rows}
+    for figure in (sweeps.distributions(summary), sweeps.comparison(summary)):
+        assert ["accuracy" in ax.get_ylabel() for ax in figure.axes] == [True, True]
 
 
 # Pruning only.
 
 
-def parameters(family, width, depth):
-    sizes = (width,) * depth
-    model = models.MLP(use_bias=False, hidden=sizes) if family == "mlp" else models.ConvNet(channels=sizes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+def parameters(family, width, depth, image_shape, classes):
+    hidden = (width,) * depth
+    model = models.MLP(classes, use_bias=False, hidden=hidden) if family == "mlp" else models.ConvNet(classes, hidden)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def learned(examples, seeds=1, families=("mlp", "cnn"), parts=("width", "depth", "narrow", "data"), **settings):
+    return Learned(examples, (28, 28, 1), 10, 3, seeds, {"batch_size": 128, **settings}).grid(families, parts)
+
+
+@pytest.mark.parametrize(("image_shape", "classes"), [((28, 28, 1), 10), ((16, 16, 3), 100)], ids=["mnist", "colour"])
 @pytest.mark.parametrize("family", ["mlp", "cnn"])
-def test_networks_of_every_depth_are_the_widest_with_so_many_parameters(family):
-    for depth in pruning_only.DEPTHS[family]:
-        width = pruning_only.width_for(family, depth)
-        most = pruning_only.PARAMETERS[family]
-        assert 0.8 * most < parameters(family, width, depth) <= most < parameters(family, width + 1, depth)
+def test_networks_of_every_depth_are_the_widest_with_so_many_parameters(family, image_shape, classes):
+    most = sizes.FAMILIES[family].parameters
+    for depth in sizes.FAMILIES[family].depths:
+        width = sizes.width_for(family, depth, image_shape, classes)
+        counts = [parameters(family, w, depth, image_shape, classes) for w in (width, width + 1)]
+        assert 0.8 * most < counts[0] <= most < counts[1]
 
 
 @pytest.mark.parametrize("examples", [4_000, 60_000])
 def test_fewer_images_are_passed_over_more_often_so_that_the_steps_are_as_many(examples):
-    settings = pruning_only.Config(parts=("data",), seeds=2)
-    grid = pruning_only.grid(settings, examples)
-    counts = [count for count in pruning_only.TRAIN_IMAGES if count <= examples]
+    grid = learned(examples, seeds=2, parts=("data",))
+    counts = [count for count in sizes.TRAIN_IMAGES if count <= examples]
     for family in ("mlp", "cnn"):
-        chosen = [cell for cell in grid if cell.config.model == family]
+        chosen = [cell for cell in grid if cell.config.model.model == family]
         assert [cell.labels["train_images"] for cell in chosen] == [n for n in counts for _ in range(2)]
         assert [cell.config.seed for cell in chosen] == [0, 1] * len(counts)
         steps = [cell.config.epochs * -(-n // 128) for cell, n in zip(chosen, sorted(counts * 2), strict=True)]
         assert max(steps) < 1.03 * min(steps) and steps[-1] == 3 * -(-examples // 128)
-        assert chosen[-1].config.train_images == 0 and chosen[0].config.train_images == 1_000
+        assert chosen[-1].config.data.train_images == 0 and chosen[0].config.data.train_images == 1_000
+
+
+def test_with_train_images_no_cell_trains_on_more():
+    grid = learned(5_000, parts=("width", "data"), train_images=5_000)
+    assert {cell.config.data.train_images for cell in grid} == {1_000, 4_000, 5_000}
+    for cell in grid:
+        assert cell.config.data.train_images == cell.labels["train_images"]
+        assert cell.config.epochs == round(3 * 5_000 / cell.labels["train_images"])
 
 
 def test_every_learned_part_has_its_cells():
-    grid = pruning_only.grid(pruning_only.Config(seeds=1), 60_000)
-    found = {part: [c for c in grid if c.labels["part"] == part] for part in pruning_only.AXES}
-    widths, depths = (sum(map(len, sizes.values())) for sizes in (pruning_only.WIDTHS, pruning_only.DEPTHS))
-    expected = {"width": 2 * widths, "depth": depths, "narrow": depths, "data": 2 * len(pruning_only.TRAIN_IMAGES)}
-    assert {part: len(of_it) for part, of_it in found.items()} == expected
-    assert {c.config.unit for c in found["width"]} == {"weight", "neuron"}
+    grid = learned(60_000, density=0.7)
+    of_part = {part: [c for c in grid if c.labels["part"] == part] for part in sweeps.PARTS}
+    families = sizes.FAMILIES.values()
+    widths, depths = sum(len(family.widths) for family in families), sum(len(family.depths) for family in families)
+    expected = {"width": 2 * widths, "depth": depths, "narrow": depths, "data": 2 * len(sizes.TRAIN_IMAGES)}
+    assert {part: len(of_it) for part, of_it in of_part.items()} == expected
+    assert {c.config.masks.unit for c in of_part["width"]} == {"weight", "neuron"}
     for cell in grid:
-        assert (cell.config.width, cell.config.depth) == (cell.labels["width"], cell.labels["depth"])
-        assert cell.config.method == "edge-popup" and cell.config.density == 0.5
+        assert (cell.config.model.width, cell.config.model.depth) == (cell.labels["width"], cell.labels["depth"])
+        assert cell.config.masks.method == "edge-popup" and cell.config.masks.density == 0.7
 
 
+def test_pruning_only_draws_its_rows(tmp_path, not_trained, monkeypatch):
+    row = {"form": "product", "seed": 0, "weight_error": 0.1, "output_error": 0.2, "test_accuracy": 0.7}
+    built = {
+        "target": {"accuracy": 0.9, "units": [784, 32, 10]},
+        "rows": [row | {"width": 1}, row | {"width": 4}, row | {"form": "subset-sum", "width": 4}],
+    }
+    monkeypatch.setattr(target, "construct", lambda widths, seeds, dataset: built)
+    settings = {"dataset": "mnist-5k", "seeds": 2, "validation": 400, "workdir": str(tmp_path / "sweep")}
+    summary = pruning_only.main(changed(pruning_only.Config(), **settings))
+    assert summary["construction"] == built and len(summary["rows"]) == len(not_trained)
+    images = {row["train_images"] for row in summary["rows"]}
+    assert images == {1_000, 3_600}  # of 4000, those that are not held out
+    assert {file.name for file in (tmp_path / "sweep").iterdir()} == {
+        "summary.json",
+        "construction.png",
+        "learned.png",
+    }
+    for picture in (tmp_path / "sweep").glob("*.png"):
+        assert_is_a_picture(picture)
+
+
+def test_the_construction_comes_nearer_with_more_candidates_on_images_of_any_shape(monkeypatch):
+    monkeypatch.setattr(target, "EPOCHS", 40)
+    built = target.construct((1, 6), 1, tiny(shape=(5, 4, 3)))
+    assert built["target"]["units"] == [60, 32, 3] and built["target"]["accuracy"] > 0.5
+    rows = {(row["form"], row["width"]): row for row in built["rows"]}
+    assert set(rows) == {("product", 1), ("product", 6), ("subset-sum", 1), ("subset-sum", 6)}
+    for (_, width), row in rows.items():
+        assert 0 < row["weight_error"] < row["largest_weight_error"] and row["output_error"] > 0
+        assert row["weights"] == width * (60 * 60 + 60 * 32 + 32 * 32 + 32 * 3)
+    best = rows["subset-sum", 6]
+    for other in (rows["product", 6], rows["subset-sum", 1]):
+        assert best["weight_error"] < other["weight_error"] and best["output_error"] < other["output_error"]
+    assert rows["product", 1]["weight_error"] == rows["subset-sum", 1]["weight_error"]
+
+
+def test_the_families_are_the_networks_that_have_a_width_and_a_depth():
+    assert set(sizes.FAMILIES) == set(random_pruning.SIZED)
+
+
+@pytest.mark.slow
 def test_pruning_only_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(target, "EPOCHS", 5)
-    monkeypatch.setattr(pruning_only, "WIDTHS", {"mlp": (8,)})
+    monkeypatch.setitem(sizes.FAMILIES, "mlp", sizes.FAMILIES["mlp"]._replace(widths=(8,)))
     chosen = {"parts": ("construction", "width"), "families": ("mlp",), "construction_widths": (6, 1), "seeds": 1}
     training = {"epochs": 1, "density": 0.7, "dataset": "mnist-5k", "workdir": str(tmp_path / "pruning_only")}
-    summary = pruning_only.main(pruning_only.Config(**chosen, **training))
+    summary = pruning_only.main(changed(pruning_only.Config(), **chosen, **training))
 
     built = summary["construction"]
     assert 0.85 < built["target"]["accuracy"] < 1 and built["target"]["deviation"] > 0
+    assert built["target"]["units"] == [784, 32, 10]
     rows = {(row["form"], row["width"]): row for row in built["rows"]}
     assert set(rows) == {("product", 1), ("product", 6), ("subset-sum", 1), ("subset-sum", 6)}
     for (_, width), row in rows.items():
@@ -341,7 +510,7 @@ def test_pruning_only_from_end_to_end(tmp_path, monkeypatch):
 
 
 def parsed(command, *flags):
-    return command_line.parse(COMMANDS[command].Config, lambda **_: {}, "x", list(flags))
+    return parser(COMMANDS[command].Config)("x", list(flags))
 
 
 @pytest.mark.parametrize(
@@ -353,17 +522,22 @@ def parsed(command, *flags):
         ("compare", ["--densities"], "--densities must be"),
         ("compare", ["--methods"], "--methods must be one or more"),
         ("compare", ["--seeds", "0"], "--seeds must be 1 or more; got 0."),
-        ("compare", ["--width", "0"], "--width must be"),
-        ("compare", ["--depth", "0"], "--depth must be"),
+        ("compare", ["--model", "mlp", "--width", "0"], "--width must be"),
+        ("compare", ["--model", "mlp", "--depth", "0"], "--depth must be"),
         ("compare", ["--epochs", "-1"], "--epochs must be"),
         ("compare", ["--dataset", "mnist5k"], "did you mean 'mnist-5k'?"),
+        ("compare", ["--width", "8"], "nothing reads --width here: it goes with --model cnn, --model mlp."),
+        ("compare", ["--no-assess", "--ood", "kmnist"], "--ood names the images that --assess measures on"),
+        ("compare", ["--validation", "-1"], "--validation must be"),
         ("random_pruning", ["--densities", "1", "0.1"], "--densities must be fractions kept, in (0, 1)"),
         ("random_pruning", ["--densities", "0"], "got (0.0,)"),
         ("random_pruning", ["--seeds", "0"], "--seeds must be 1 or more"),
         ("random_pruning", ["--widths", "4", "0"], "--widths must be 1 or more each; got (4, 0)."),
         ("random_pruning", ["--depths", "0"], "--depths must be"),
         ("random_pruning", ["--batch-size", "0"], "--batch-size must be"),
-        ("random_pruning", ["--model", "convnet"], "no model 'convnet': did you mean 'cnn'? There are: cnn, mlp."),
+        ("random_pruning", ["--learning-rate", "inf"], "--learning-rate must be above 0, and finite; got inf."),
+        ("random_pruning", ["--stream"], "nothing reads --stream here: it goes with --dataset folder."),
+        ("random_pruning", ["--model", "convnet"], "no model 'convnet': did you mean 'cnn'? There are: mlp, cnn."),
         ("pruning_only", ["--density", "0"], "--density must be the fraction kept, in (0, 1); got 0.0."),
         ("pruning_only", ["--density", "1"], "got 1.0"),
         ("pruning_only", ["--construction-widths", "1", "33"], "--construction-widths must be each in [1, 32]"),
@@ -397,8 +571,21 @@ def test_an_unknown_name_in_a_list_gets_an_answer_with_those_there_are(command, 
     assert all(name in says for name in valid)
 
 
+def test_flags_that_were_renamed_are_understood():
+    for command in ("compare", "random_pruning"):
+        assert parsed(command, "--strangers", "kmnist") == parsed(command, "--ood", "kmnist")
+    assert parsed("compare", "--no-judge") == parsed("compare", "--no-assess") != parsed("compare")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_every_field_and_imports_nothing_heavy(command):
+def test_field_names_are_unique_and_defaults_can_be_run(command):
+    names = [field.name for field in fields(COMMANDS[command].Config)]
+    assert len(names) == len(set(names))
+    assert parsed(command) == COMMANDS[command].Config()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_field_imports_nothing_heavy_and_answers_at_once(command):
     code = f"""
 import runpy, sys
 sys.argv = ["experiments.{command}", "--help"]
@@ -407,18 +594,21 @@ try:
 except SystemExit as stopped:
     print("heavy:", sorted({{"jax", "numpy", "matplotlib", "flax"}} & set(sys.modules)), stopped.code)
 """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "")
     assert "heavy: [] 0" in done.stdout
-    for field in COMMANDS[command].Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')} " in done.stdout.replace(",", " ")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # seconds of the processor
+    for field in fields(COMMANDS[command].Config):
+        assert f"--{field.name.replace('_', '-')} " in done.stdout.replace(",", " ")
     first_line = inspect.getdoc(COMMANDS[command].Config).splitlines()[0]
     assert first_line.split(":")[0] in done.stdout
 
 
-def test_a_cell_that_diverges_is_left_out_and_the_sweep_goes_on(tmp_path, capsys):
-    small = {"model": "mlp", "width": 8, "epochs": 1}
-    grid = [cells.cell({"rate": rate}, "dense", learning_rate=rate, **small) for rate in (1e30, 1e-3)]
-    rows = cells.run(grid, data.load("mnist-5k"), tmp_path)
+def test_a_cell_that_diverges_is_left_out_and_the_sweep_continues(tmp_path, capsys):
+    network = {"model": "mlp", "width": 8, "epochs": 1}
+    grid = [cells.cell({"rate": rate}, "dense", learning_rate=rate, **network) for rate in (1e30, 1e-3)]
+    rows = cells.run(grid, tiny(), tmp_path)
     assert [row["rate"] for row in rows] == [1e-3]
     assert "left out: " in capsys.readouterr().out

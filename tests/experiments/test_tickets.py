@@ -1,9 +1,10 @@
 """`experiments.lottery` from end to end on tiny images: rounds, controls, sweeps, resume, and the figures reported."""
 
-import dataclasses
+import contextlib
 import json
 import typing
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 
 import supermask_jax as sm
 from experiments import lottery
-from experiments.data import load as data
+from experiments.config.registry import CRITERIA
+from experiments.config.settings import changed, fields, flat
+from experiments.data.source import arrays_dataset
 from experiments.plots import style
 from experiments.run.errors import UserError
 from experiments.run.files import read_arrays
-from experiments.tickets import display as ticket_display
-from experiments.tickets import questions as ticket_sweeps
-from experiments.tickets import rounds as ticket_rounds
-from experiments.tickets.trainer import Network, Trainer
+from experiments.run.interrupt import Interrupted
+from experiments.tickets import display, questions, rounds
+from experiments.tickets import trainer as trainer_room
+from experiments.tickets.trainer import Candidate, Snapshot, Trainer
+from experiments.training.network import Network
 from supermask_jax.lottery import full_masks
 from supermask_jax.trees import by_path
 
@@ -36,12 +40,13 @@ def images(seed=0, n=240):
     rng = np.random.default_rng(seed)
     pictures, labels = rng.integers(0, 200, (10, 6, 6, 1)), np.arange(n, dtype=np.int32) % 10
     x = np.clip(pictures[labels] + rng.integers(-50, 50, (n, 6, 6, 1)), 0, 255).astype(np.uint8)
-    return data.Dataset(f"pictures {seed}", x[40:], labels[40:], x[:40], labels[:40], 0.4, 0.25, source="made up")
+    arrays = x[40:], labels[40:], x[:40], labels[:40]
+    return arrays_dataset(f"pictures {seed}", arrays, "made up", mean=(0.4,), std=(0.25,))
 
 
 def config(tmp_path, **changes):
     settings = {"steps": 30, "rounds": 2, "trials": 1, "batch_size": 20, "eval_every": 10, "validation": 40}
-    return lottery.Config(**settings | {"workdir": str(tmp_path / "run"), "checkpoint_every": 10} | changes)
+    return changed(lottery.Config(), **settings | {"workdir": str(tmp_path / "run"), "checkpoint_every": 10} | changes)
 
 
 def without_times(summary):
@@ -51,7 +56,7 @@ def without_times(summary):
 
 def test_all_rounds_of_all_trials_with_their_controls(tmp_path):
     settings = config(tmp_path, trials=2, stability=True)
-    summary = ticket_rounds.run(settings, images())
+    summary = rounds.run(settings, images())
     kinds = [(r["trial"], r["round"], r["network"]) for r in summary["networks"]]
     of_a_trial = [(0, "ticket"), *((n, kind) for n in (1, 2) for kind in ("ticket", "reinit", "random"))]
     assert kinds == [(trial, *rest) for trial in (0, 1) for rest in of_a_trial]
@@ -82,11 +87,12 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_it_ends_the_same_and_trains_nothing_twice(tmp_path, monkeypatch):
-    whole = ticket_rounds.run(config(tmp_path / "whole", rounds=1), images())
+    whole = rounds.run(config(tmp_path / "whole", rounds=1), images())
     broken = config(tmp_path, rounds=1)
     lines, stops = [], [3, 6, 11]  # evaluations: within the first network, in later ones
-    step = ticket_display.Display.step
+    step = display.Display.step
 
     def killed(self, name, at, figures):
         lines.append((name, at, figures is None))
@@ -96,32 +102,32 @@ def test_interrupted_anywhere_it_ends_the_same_and_trains_nothing_twice(tmp_path
             raise Killed
         step(self, name, at, figures)
 
-    monkeypatch.setattr(ticket_display.Display, "step", killed)
+    monkeypatch.setattr(display.Display, "step", killed)
     for _ in range(3):
         with pytest.raises(Killed):
-            ticket_rounds.run(broken, images())
+            rounds.run(broken, images())
         lines[:] = [line for line in lines if line[0] != "killed"]
-    resumed = ticket_rounds.run(broken, images())
+    resumed = rounds.run(broken, images())
     assert without_times(resumed) == without_times(whole)
     assert any(was_resumed and at > 0 for _, at, was_resumed in lines)
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
     monkeypatch.setattr(Trainer, "train", None)  # a finished run is only read
-    assert without_times(ticket_rounds.run(broken, images())) == without_times(whole)
+    assert without_times(rounds.run(broken, images())) == without_times(whole)
 
 
 def test_one_compilation_serves_all_networks(tmp_path):
     settings = config(tmp_path, pruned="freeze", trials=2)
-    workdir = ticket_rounds.open_workdir(settings, images())
-    with ticket_rounds.Experiment(settings, images(), None, workdir) as experiment:
+    workdir = rounds.open_workdir(settings, images())
+    with rounds.Experiment(settings, images(), None, workdir) as experiment:
         for trial in range(2):
             assert len(list(experiment.rounds(trial))) == 3
-        assert len(experiment._finder._advance._compiled) == 1  # steps of one length only: fewer than 50 a call
+        assert len(experiment._source._stepper._compiled) == 1  # steps of one length only: fewer than 50 a call
 
 
 def a_trainer(tmp_path, **changes):
     settings = config(tmp_path, **changes)
-    return Trainer(settings, images(), ticket_rounds.open_workdir(settings, images()), lambda *_: None)
+    return Trainer(settings, images(), rounds.open_workdir(settings, images()), lambda *_: None)
 
 
 def some_masks(weights):
@@ -135,14 +141,14 @@ def small(seed):
     return {name: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for name, s in shapes.items()}
 
 
-def test_weights_are_drawn_at_the_step_that_is_asked_for(tmp_path):
+def test_weights_are_drawn_at_the_step_that_prune_at_names(tmp_path):
     early = a_trainer(tmp_path / "a", prune_at=0.5)
-    weights, key = early.draw(jax.random.key(1)), jax.random.key(2)
-    masks = full_masks(weights)
-    drawn = early.train(Network("early", weights, masks, key)).drawn
+    begin, key = early.draw(jax.random.key(1)), jax.random.key(2)
+    masks = full_masks(begin.weights)
+    drawn = early.train(Candidate("early", begin, masks, key)).drawn.weights
     late = a_trainer(tmp_path / "b")
-    stopped = late.train(Network("stopped", weights, masks, key, last_step=15)).drawn
-    at_end = late.train(Network("whole", weights, masks, key)).drawn
+    stopped = late.train(Candidate("stopped", begin, masks, key, last_step=15)).drawn.weights
+    at_end = late.train(Candidate("whole", begin, masks, key)).drawn.weights
     jax.tree.map(np.testing.assert_array_equal, drawn, stopped)
     assert not np.array_equal(drawn["Dense_0"]["kernel"], at_end["Dense_0"]["kernel"])
 
@@ -151,36 +157,38 @@ def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path
     """Rewinding starts at a later step of the same order of batches; with plain SGD nothing else is lost."""
     plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1}
     trainer = a_trainer(tmp_path, **plain)
-    weights, key = trainer.draw(jax.random.key(1)), jax.random.key(2)
-    masks = full_masks(weights)
-    whole = trainer.train(Network("whole", weights, masks, key)).drawn
-    half = trainer.train(Network("half", weights, masks, key, last_step=12)).drawn
-    rest = trainer.train(Network("rest", half, masks, key, first_step=12))
+    begin, key = trainer.draw(jax.random.key(1)), jax.random.key(2)
+    masks = full_masks(begin.weights)
+    whole = trainer.train(Candidate("whole", begin, masks, key)).drawn
+    half = trainer.train(Candidate("half", begin, masks, key, last_step=12)).drawn
+    rest = trainer.train(Candidate("rest", half, masks, key, first_step=12))
     assert rest.record["curve"]["step"] == [12, 20, 30]
     jax.tree.map(np.testing.assert_array_equal, rest.drawn, whole)
 
 
 def test_frozen_pruned_weights_stay_and_are_part_of_the_network(tmp_path):
     trainer = a_trainer(tmp_path, pruned="freeze", weight_decay=0.1)
-    weights = trainer.draw(jax.random.key(1))
+    begin = trainer.draw(jax.random.key(1))
+    weights = begin.weights
     masks = some_masks(weights)
-    drawn = trainer.train(Network("frozen", weights, masks, jax.random.key(2))).drawn
+    drawn = trainer.train(Candidate("frozen", begin, masks, jax.random.key(2))).drawn.weights
     for path, mask in by_path(masks).items():
         before, after = (np.asarray(by_path(tree)[path]) for tree in (weights, drawn))
         assert np.array_equal(before[mask == 0], after[mask == 0])
         assert not np.any(before[mask == 1] == after[mask == 1])
-    zeros = a_trainer(tmp_path / "zero").evaluate(weights, masks)
-    assert trainer.evaluate(weights, masks) == trainer.evaluate(weights, full_masks(weights)) != zeros
+    zeros = a_trainer(tmp_path / "zero").evaluate(begin, masks)
+    assert trainer.evaluate(begin, masks) == trainer.evaluate(begin, full_masks(weights)) != zeros
 
 
 @pytest.mark.parametrize("kept", ["rewind", "reinit", "reshuffle", "signed-constant"])
 def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
     start, other = small(1), small(3)
     masks = some_masks(start)
-    begins = ticket_rounds._starts(config(tmp_path, kept=kept), jax.random.key(0), start, other)
+    tickets = config(tmp_path, kept=kept).tickets
+    begins = rounds._starts(tickets, jax.random.key(0), Snapshot(start), Snapshot(other))
     for path, mask in by_path(masks).items():
         mask = np.asarray(mask) == 1
-        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins("ticket", 1, masks))[path])
+        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins("ticket", 1, masks).weights)[path])
         if kept == "rewind":
             assert np.array_equal(new, old)
         elif kept == "reinit":
@@ -191,9 +199,9 @@ def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
             assert np.array_equal(np.sort(new[mask]), np.sort(old[mask]))
         if kept == "signed-constant":
             assert np.array_equal(np.sign(new), np.sign(old)) and np.ptp(np.abs(new[mask])) == 0
-        assert np.array_equal(by_path(begins("random", 1, masks))[path], old)
-        assert np.array_equal(by_path(begins("reinit", 1, masks))[path], by_path(other)[path])
-        assert np.array_equal(by_path(begins("ticket", 0, masks))[path], old)  # masks are drawn from the same network
+        assert np.array_equal(by_path(begins("random", 1, masks).weights)[path], old)
+        assert np.array_equal(by_path(begins("reinit", 1, masks).weights)[path], by_path(other)[path])
+        assert np.array_equal(by_path(begins("ticket", 0, masks).weights)[path], old)  # one network to draw from
 
 
 @pytest.mark.parametrize(
@@ -211,39 +219,39 @@ def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
     settings = config(tmp_path, **changes)
     start, final = small(1), small(3)
     masks = full_masks(start)
-    prune = ticket_rounds.make_prune(settings, jax.random.key(0))
-    for _ in range(settings.rounds):
-        masks = prune(ticket_rounds.Pruned(start, ticket_rounds.Trained({}, final)), masks)
+    prune = rounds.make_prune(settings.tickets, jax.random.key(0), "Dense_2/kernel")
+    for _ in range(settings.tickets.rounds):
+        masks = prune(rounds.Pruned(Snapshot(start), rounds.Trained({}, Snapshot(final))), masks)
     for path, density in expected.items():
         assert sm.layer_densities(masks)[path] == pytest.approx(density, abs=6e-3)
-    if settings.scope == "global":
+    if settings.tickets.scope == "global":
         assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
 
 
 def test_a_ticket_is_measured_on_the_images_that_it_is_transferred_to(tmp_path):
     settings = config(tmp_path, rounds=1, controls=())
-    summary = ticket_rounds.run(settings, images(), images(seed=1))
-    alone = ticket_rounds.run(config(tmp_path / "alone", rounds=1, controls=()), images())
+    summary = rounds.run(settings, images(), images(seed=1))
+    untransferred = rounds.run(config(tmp_path / "untransferred", rounds=1, controls=()), images())
     assert summary["dataset"] == "pictures 1"
     assert [r["network"] for r in summary["networks"]] == ["ticket", "ticket"]
     sources = [read_arrays(tmp_path / f"run/networks/trial0-round{n}-source.npz") for n in (0, 1)]
-    tickets = [read_arrays(tmp_path / f"alone/run/networks/trial0-round{n}-ticket.npz") for n in (0, 1)]
-    jax.tree.map(np.testing.assert_array_equal, sources, tickets)  # found where it would be found without transfer
-    assert summary["networks"][1]["curve"] != alone["networks"][1]["curve"]
+    tickets = [read_arrays(tmp_path / f"untransferred/run/networks/trial0-round{n}-ticket.npz") for n in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, sources, tickets)  # drawn as without transfer
+    assert summary["networks"][1]["curve"] != untransferred["networks"][1]["curve"]
 
 
 def test_the_control_of_pruned_neurons_has_as_many_neurons():
     masks = full_masks(small(1))
     masks["Dense_0"]["kernel"] = masks["Dense_0"]["kernel"].at[:, :20].set(0)
-    settings = lottery.Config(unit="neuron")
-    control = ticket_rounds.random_control(settings, jax.random.key(0), 1, masks)
+    tickets = changed(lottery.Config(), unit="neuron").tickets
+    control = rounds.random_control(tickets, jax.random.key(0), 1, masks)
     kept = np.asarray(control["Dense_0"]["kernel"])
     assert sorted(np.unique(kept.sum(axis=0), return_counts=True)[1].tolist()) == [20, 30]
     assert not np.array_equal(kept, masks["Dense_0"]["kernel"]) and np.all(control["Dense_2"]["kernel"] == 1)
 
 
 def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
-    ticket_rounds.run(config(tmp_path, rounds=1), images())
+    rounds.run(config(tmp_path, rounds=1), images())
     files = {file.stem for file in (tmp_path / "run/networks").glob("*.npz")}
     assert files == {"trial0-round0-ticket", "trial0-round1-ticket"}  # no weights of controls
     arrays = read_arrays(tmp_path / "run/networks/trial0-round1-ticket.npz")
@@ -254,47 +262,49 @@ def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
     }
 
 
-@pytest.mark.parametrize("sweep", ["early", "rewind", "rounds", "criterion"])
+SLOWER_SWEEPS = [pytest.param(name, marks=pytest.mark.slow) for name in ("early", "rounds", "criterion")]
+
+
+@pytest.mark.parametrize("sweep", ["rewind", *SLOWER_SWEEPS])
 def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep):
-    setting, values, label = ticket_sweeps.SWEEPS[sweep]
+    setting, values, label = questions.SWEEPS[sweep]
     values = {"early": (0.4, 1.0), "rewind": (0, 10)}.get(sweep, (values[0], values[-1]))
-    monkeypatch.setitem(ticket_sweeps.SWEEPS, sweep, (setting, (2, 1) if sweep == "rounds" else values, label))
-    summary = ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())
+    monkeypatch.setitem(questions.SWEEPS, sweep, (setting, (2, 1) if sweep == "rounds" else values, label))
+    summary = questions.run(config(tmp_path, sweep=sweep, controls=("random",)), images())
     rows = summary["rows"]
     assert [(row["value"], row["network"]) for row in rows] == [
-        (value, kind) for value in ticket_sweeps.SWEEPS[sweep][1] for kind in ("ticket", "random")
+        (value, kind) for value in questions.SWEEPS[sweep][1] for kind in ("ticket", "random")
     ]
     assert all(row["density"] == pytest.approx(0.1, abs=0.02) for row in rows)  # the output layer loses less
     assert all(set(FIGURES) <= set(row) for row in rows)
     assert ("instability" in rows[0]) == (sweep == "rewind")
     assert (tmp_path / "run/sweep.png").stat().st_size > 2_000
-    assert ticket_sweeps.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
+    assert questions.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
 
 
 def test_untrained_masks_are_measured_for_every_criterion(tmp_path):
-    summary = ticket_sweeps.run(config(tmp_path, sweep="untrained", steps=60), images())
+    summary = questions.run(config(tmp_path, sweep="untrained", steps=60), images())
     rows = {(r["criterion"], r["density"], r["start"]): r["test_accuracy"] for r in summary["rows"]}
-    criteria = typing.get_args(lottery.CRITERIA)
-    assert len(rows) == len(criteria) * len(ticket_sweeps.UNTRAINED_DENSITIES) * 2
-    best = {name: max(v for (criterion, *_), v in rows.items() if criterion == name) for name in criteria}
+    assert len(rows) == len(CRITERIA) * len(questions.UNTRAINED_DENSITIES) * 2
+    best = {name: max(v for (criterion, *_), v in rows.items() if criterion == name) for name in CRITERIA}
     assert best["large_final_same_sign"] > best["random"]
     assert (tmp_path / "run/sweep.png").exists()
 
 
 def test_the_command_line_names_the_librarys_criteria():
-    assert set(typing.get_args(lottery.CRITERIA)) == {*sm.saliency.CRITERIA, *sm.saliency.RANKED, "random"}
-    choices = typing.get_args(lottery.Config.__dataclass_fields__["sweep"].type)
-    assert set(choices) == {"none", "untrained", *ticket_sweeps.SWEEPS}
+    assert set(CRITERIA) == {*sm.saliency.CRITERIA, *sm.saliency.RANKED, "random"}
+    choices = typing.get_args(next(field.type for field in fields(lottery.Config) if field.name == "sweep"))
+    assert set(choices) == {"none", "untrained", *questions.SWEEPS}
 
 
 def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_went():
     start = {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(1)}
     a, b = ({"kernel": jnp.array([x]), "bias": jnp.ones(1)} for x in ([3.0, 9.0], [0.0, 9.0]))
     masks = {"kernel": jnp.array([[1.0, 0.0]]), "bias": None}
-    assert ticket_rounds.instability(start, masks, a, a) == 0
-    assert ticket_rounds.instability(start, masks, a, b) == 2  # 3 apart; one went 3, the other nowhere
+    assert rounds.instability(start, masks, a, a) == 0
+    assert rounds.instability(start, masks, a, b) == 2  # 3 apart; one went 3, the other nowhere
     opposite = jax.tree.map(jnp.negative, a)
-    assert ticket_rounds.instability(start, masks, a, opposite) == 2
+    assert rounds.instability(start, masks, a, opposite) == 2
 
 
 @pytest.mark.parametrize(
@@ -320,12 +330,13 @@ def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_wen
 )
 def test_settings_out_of_range_are_user_errors(wrong):
     with pytest.raises(UserError, match="|".join(f"--{name.replace('_', '-')}" for name in wrong)):
-        lottery.Config(**wrong).check()
+        changed(lottery.Config(), **wrong).check()
 
 
 def test_the_papers_preset_has_its_densities():
     """100, 51.3, 21.1 and 3.6 % after 0, 3, 7 and 15 rounds: as the paper counts, without biases."""
-    settings = lottery.Config(**lottery.defaults("paper"))
+    config = changed(lottery.Config(), **lottery.defaults("paper"))
+    settings = config.tickets
     sizes = {"hidden": 784 * 300 + 300 * 100, "output": 100 * 10}
     series = []
     for _ in range(settings.rounds + 1):
@@ -335,4 +346,63 @@ def test_the_papers_preset_has_its_densities():
             for name, size in sizes.items()
         }
     assert [round(series[n], 1) for n in (0, 3, 7, 15)] == [100, 51.3, 21.1, 3.6]
-    assert dataclasses.asdict(settings)["batch_size"] == 60
+    assert flat(config)["batch_size"] == 60
+
+
+# Batch statistics belong to a network.
+
+
+class WithStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8, use_bias=False, name="dense_0")(x.reshape(len(x), -1))
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm")(x))
+        return nn.Dense(10, use_bias=False, name="dense_1")(x)
+
+
+@pytest.fixture
+def with_statistics(monkeypatch):
+    def make(model, init, classes, image_shape):
+        draw = sm.initializers.kaiming_uniform
+        return Network(WithStatistics(), "dense_0/kernel", "dense_1/kernel", image_shape, draw)
+
+    monkeypatch.setattr(trainer_room, "network", make)
+
+
+def statistics(snapshot):
+    return np.concatenate([np.asarray(leaf) for leaf in by_path(snapshot.model_state).values()])
+
+
+def test_statistics_are_drawn_stored_and_rewound_with_the_weights(tmp_path, with_statistics):
+    trainer = a_trainer(tmp_path)
+    begin, key = trainer.draw(jax.random.key(1)), jax.random.key(2)
+    np.testing.assert_array_equal(begin.weights["norm"]["scale"], np.ones(8))
+    masks = full_masks(begin.weights)
+    early = trainer.train(Candidate("early", begin, masks, key, last_step=12)).drawn
+    at_end = trainer.train(Candidate("whole", begin, masks, key)).drawn
+    seen = [statistics(snapshot) for snapshot in (begin, early, at_end)]
+    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[1], seen[2])
+    stored = read_arrays(tmp_path / "run/networks/early.npz")
+    names = {f"model_state/{path}" for path in by_path(early.model_state)}
+    assert names == {name for name in stored if name.startswith("model_state/")} != set()
+    measured = trainer.train(Candidate("rewound", early, masks, key, first_step=12)).record["curve"]
+    figures = trainer.evaluate(early, masks)
+    assert measured["validation_loss"][0] == pytest.approx(figures["validation_loss"])
+    fresh = trainer.evaluate(early._replace(model_state=begin.model_state), masks)
+    assert abs(fresh["validation_loss"] - figures["validation_loss"]) > 1e-3
+
+
+def test_an_interrupted_network_with_statistics_ends_the_same(tmp_path, with_statistics):
+    whole = rounds.run(config(tmp_path / "whole", rounds=1, rewind_step=5), images())
+    calls = []
+
+    def stop_once():
+        calls.append(0)
+        return len(calls) == 4
+
+    settings = config(tmp_path, rounds=1, rewind_step=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "stopping", lambda: contextlib.nullcontext(stop_once))
+        with pytest.raises(Interrupted, match="stopped by a signal"):
+            rounds.run(settings, images())
+    assert without_times(rounds.run(settings, images())) == without_times(whole)

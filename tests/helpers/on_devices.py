@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in processes of their own: one toy on one device, on eight, and on two times four.
+"""The cases that test_parallel.py runs in child processes: one toy on one device, on eight, and on two times four.
 
     python on_devices.py eight              every case below, as {case: error or null} in JSON, and the toy's results
     python on_devices.py process PORT ID    the toy's results as one of two processes
@@ -21,11 +21,11 @@ import optax
 import supermask_jax as sm
 from experiments import mnist
 from experiments.bench import hlo
-from experiments.data import load as data
-from experiments.run.placement import Layout
-from experiments.training import fit as runner
-from experiments.training import methods, recipe
-from experiments.training import stepper as driver
+from experiments.config.settings import changed
+from experiments.data.source import arrays_dataset
+from experiments.run.placement import Placement
+from experiments.training import stepper
+from experiments.training.parts import Parts
 from supermask_jax import parallel
 from supermask_jax.threshold import SAMPLE
 
@@ -84,7 +84,7 @@ def run(step, state, place_batch, batch=toy_batch):
 
 @functools.cache
 def on_one_device():
-    step = jax.jit(sm.make_train_step(sm.edge_popup(DENSITY), toy_loss(), TX, learns="scores"))
+    step = sm.jit(sm.make_train_step(sm.edge_popup(DENSITY), toy_loss(), TX, learns="scores"))
     return run(step, toy_state(), lambda batch: batch)
 
 
@@ -92,7 +92,7 @@ def on_one_device():
 def on_a_mesh(shard_scores, batch=toy_batch):
     mesh, state = parallel.mesh(), toy_state()
     shardings = parallel.state_shardings(mesh, state, shard_scores)
-    step = jax.jit(
+    step = sm.jit(
         sm.make_train_step(sm.edge_popup(DENSITY), toy_loss(), TX, learns="scores"),
         out_shardings=(shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
@@ -186,7 +186,7 @@ def case_pmap_divides_sums_by_the_number_of_devices():
     assert [float(m["sum"]) * 8 for m in over] == [float(m["sum"]) for m in one]
 
 
-def case_pmap_donates_only_when_asked_and_takes_as_many_devices_as_it_is_told():
+def case_pmap_donates_only_with_donate_and_takes_as_many_devices_as_it_is_told():
     for donate in (False, True):
         state = toy_state()
         weights = state.subnet.weights
@@ -246,10 +246,10 @@ def assert_close_run(way, one):
 def case_on_a_mesh_batch_statistics_dropout_and_drawn_masks_are_those_of_one_device():
     loss_fn, tx = normalised_loss(Normalised(dropout=0.3)), optax.sgd(0.1)
     step, state = sm.make_train_step(sm.bernoulli(), loss_fn, tx, learns="scores"), normalised_state(tx)
-    one = run(jax.jit(step), state, lambda batch: batch, real_batch)
+    one = run(sm.jit(step), state, lambda batch: batch, real_batch)
     mesh = parallel.mesh()
     for sharded in (False, True):
-        over = jax.jit(step, out_shardings=(parallel.state_shardings(mesh, state, sharded), None))
+        over = sm.jit(step, out_shardings=(parallel.state_shardings(mesh, state, sharded), None))
         placed = parallel.place_state(mesh, state, sharded)
         assert_close_run(run(over, placed, lambda batch: parallel.shard_batch(mesh, batch), real_batch), one)
 
@@ -257,7 +257,7 @@ def case_on_a_mesh_batch_statistics_dropout_and_drawn_masks_are_those_of_one_dev
 def case_under_pmap_batch_statistics_with_the_axis_name_are_those_of_one_device():
     tx = optax.sgd(0.1)
     step = sm.make_train_step(sm.bernoulli(), normalised_loss(Normalised()), tx, learns="scores")
-    one = run(jax.jit(step), normalised_state(tx), lambda batch: batch, real_batch)
+    one = run(sm.jit(step), normalised_state(tx), lambda batch: batch, real_batch)
 
     def over(axis_name):
         step = parallel.pmap_step(sm.bernoulli(), normalised_loss(Normalised(axis_name)), tx, learns="scores")
@@ -310,15 +310,15 @@ def traffic(inputs, hidden, shard_scores):
     weights = {"first": jnp.ones((inputs, hidden)), "last": jnp.ones((hidden, 16))}
     subnet = sm.Subnet(weights, sm.init_scores(jax.random.key(1), weights))
     mesh, state = parallel.mesh(), sm.init_state(subnet, TX, jax.random.key(2), learns="scores")
-    step = jax.jit(
+    step = sm.jit(
         sm.make_train_step(mask_fn, loss_fn, TX, learns="scores"),
         out_shardings=(parallel.state_shardings(mesh, state, shard_scores), None),
     )
     batch = parallel.shard_batch(mesh, {"x": np.ones((32, inputs), np.float32)})
     program = step.lower(parallel.place_state(mesh, state, shard_scores), batch).compile().as_text()
-    found = hlo.collectives(program)
-    selection = [one for one in found if "selection" in one.name]
-    return selection, [one for one in found if "selection" not in one.name], (inputs + 16) * hidden
+    seen = hlo.collectives(program)
+    selection = [one for one in seen if "selection" in one.name]
+    return selection, [one for one in seen if "selection" not in one.name], (inputs + 16) * hidden
 
 
 def case_selection_of_sharded_scores_exchanges_counts_and_samples_however_many_scores_there_are():
@@ -349,11 +349,11 @@ def case_a_collective_in_a_loop_has_the_trips_that_are_known_and_one_in_a_branch
         (fixed, 7, 0, False), (until_large, 7, 1, False), (sometimes, 7, 1, True)
     ):  # fmt: skip
         x = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=split)
-        found = hlo.collectives(jax.jit(function).lower(x).compile().as_text())
-        (inner,) = [one for one in found if one.trips > 1]
+        seen = hlo.collectives(sm.jit(function).lower(x).compile().as_text())
+        (inner,) = [one for one in seen if one.trips > 1]
         assert inner == inner._replace(
             kind="all-reduce", arrays=[1], bytes=4, trips=trips, data_loops=data_loops, conditional=conditional
-        ), found
+        ), seen
 
 
 def case_replicated_scores_are_selected_without_any_exchange():
@@ -365,19 +365,16 @@ def case_replicated_scores_are_selected_without_any_exchange():
 
 def case_with_sharded_scores_the_step_of_the_main_job_gathers_weights_and_samples_and_no_activations():
     layers, images, labels = 3, np.zeros((64, 28, 28, 1), np.uint8), np.zeros(64, np.int32)
-    dataset = data.Dataset("blank", images, labels, images[:1], labels[:1], 0.1, 0.3, source="zeros")
-    config = mnist.Config(**{**mnist.defaults(), "model": "cnn", "width": 64, "depth": 2, "shard_scores": True})
-    model, layout = recipe.build_model(config, 10), Layout(8, shard_scores=True)
-    weights = recipe.draw_weights(config, model, images.shape[1:], jax.random.key(0))
-    task = methods.METHODS["edge-popup"](methods.Start(config, weights, jax.random.key(1), TX, model))
-    make_loss = functools.partial(recipe.make_loss, model, dataset.mean, dataset.std)
-    advance = runner.make_driver(config, task, make_loss, TX, dataset, layout)
-    state = layout.place(sm.init_state(task.subnet, TX, jax.random.key(2), learns="scores"))
-    order = driver.epoch_order(jax.random.key(3), 0, 64, 64)
-    advance(state, layout.replicate(driver.zero_totals()), order, 0, 1)
-    (program,) = advance._compiled.values()
+    dataset = arrays_dataset("blank", (images, labels, images[:1], labels[:1]), "zeros", mean=(0.1,), std=(0.3,))
+    small = {"model": "cnn", "width": 64, "depth": 2, "batch_size": 64, "shard_scores": True}
+    config, placement = changed(mnist.Config(), **mnist.defaults(), **small), Placement(8, shard_scores=True)
+    parts = Parts(config, dataset, None, placement)
+    state = sm.init_state(parts.method.subnet, parts.tx, jax.random.key(2), learns=parts.method.learns)
+    order = parts.epochs.order(jax.random.key(3), 0)
+    parts.stepper(placement.place(state), placement.replicate(stepper.zero_totals()), order, 0, 1)
+    (program,) = parts.stepper._compiled.values()
     moved = sum(one.bytes for one in hlo.collectives(program.as_text()) if one.kind != "all-reduce")
-    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(weights))
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(parts.method.subnet.weights))
     assert size <= moved <= size + layers * 2 * 4 * SAMPLE * 4, (moved, size)
 
 

@@ -118,8 +118,12 @@ def scores_of(kind):
             for method, scores in kept.items()}  # fmt: skip
 
 
+# Compiling the ResNet takes most of the time of this room.
+BY_COST = [pytest.param(kind, marks=pytest.mark.slow if kind == "resnet" else ()) for kind in CASES]
+
+
 @pytest.mark.parametrize("method", ("snip", "grasp"))
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", BY_COST)
 def test_scores_equal_the_published_codes(kind, method):
     ours, theirs = scores_of(kind)[method], golden(CASES[kind], f"{method}_raw")
     assert set(ours) == set(theirs) == set(CASES[kind]["layers"])  # no bias, and nothing of BatchNorm
@@ -130,7 +134,7 @@ def test_scores_equal_the_published_codes(kind, method):
 
 
 @pytest.mark.parametrize("method", ("snip", "grasp"))
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", BY_COST)
 def test_masks_equal_the_published_codes(kind, method):
     results = [result for result in CASES[kind]["results"] if result["method"] == method]
     assert [result["density"] for result in results] == [0.1, 0.5]

@@ -270,6 +270,7 @@ def test_lenet_without_its_pruned_neurons_is_a_smaller_lenet(use_bias):
     same_function(model, weights, masks, smaller, small, x)
 
 
+@pytest.mark.slow
 def test_the_convnet_without_its_pruned_channels_is_a_smaller_convnet_across_the_flatten():
     model = models.MnistConvNet(features=(8, 10, 20))
     weights, masks, layers, x = pruned_network(model, (4, 12, 12, 1), 0.3)

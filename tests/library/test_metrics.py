@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
-from supermask_jax import metrics
+from supermask_jax import flops, metrics
 from supermask_jax.trees import by_path, map_with_name
 
 with np.load(Path(__file__).parents[1] / "golden" / "h_metrics.npz") as arrays:
@@ -440,3 +440,8 @@ def test_masks_that_do_not_fit_the_weights_are_refused(masks, message):
         metrics.parameter_count(SQUARE, masks)
     with pytest.raises(ValueError, match=message):
         metrics.flops(reused, SQUARE, masks, (4,))
+
+
+def test_costs_are_measures_too():
+    names = ("flops", "layer_flops", "parameter_count")
+    assert all(getattr(metrics, name) is getattr(flops, name) for name in names)

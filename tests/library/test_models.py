@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from supermask_jax import models
+from supermask_jax.models import zoo
 from supermask_jax.trees import by_path
 
 
@@ -93,3 +94,66 @@ def test_of_inputs_that_tie_for_the_maximum_the_first_gets_the_gradient(window):
         for pool in (lambda x: models.max_pool(x, window), lambda x: nn.max_pool(x, (window,) * 2, (window,) * 2))
     )
     chex.assert_trees_all_equal(ours, flax)
+
+
+# The networks by name.
+
+BUILDERS = {
+    "mnist_convnet": (28, 28, 1),
+    "lenet_300_100": (28, 28, 1),
+    "mlp": (28, 28, 1),
+    "cnn": (28, 28, 1),
+    "cifar_resnet": (32, 32, 3),
+    **dict.fromkeys(("resnet_18", "resnet_50"), (64, 64, 3)),
+}
+
+
+def shapes(architecture, image_shape):
+    variables = jax.eval_shape(architecture.module.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    return {path: leaf.shape for path, leaf in by_path(variables["params"]).items()}
+
+
+def test_every_builder_is_listed():
+    own = {name: value for name, value in vars(zoo).items() if getattr(value, "__module__", "") == zoo.__name__}
+    assert set(BUILDERS) == {name for name in own if not name.startswith("_")} - {"Architecture"}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_named_ends_read_the_image_and_make_the_logits(name):
+    architecture = getattr(zoo, name)(7)
+    of = shapes(architecture, BUILDERS[name])
+    inputs = {BUILDERS[name][-1], int(np.prod(BUILDERS[name]))}
+    assert of[architecture.first][-2] in inputs and of[architecture.last][-1] == 7
+    assert list(of).count(architecture.first) == 1 and architecture.first != architecture.last
+    others = [path for path, shape in of.items() if shape[-1] == 7 and path != architecture.last]
+    assert others == []
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("build", "kind"), [(zoo.mlp, "Dense"), (zoo.cnn, "Conv")])
+def test_width_and_depth_make_the_hidden_layers(build, kind, depth):
+    architecture = build(5, width=11, depth=depth)
+    of = shapes(architecture, (28, 28, 1))
+    assert sum(shape[-1] == 11 for shape in of.values()) == depth and len(of) == depth + 1
+    assert of[architecture.last][-1] == 5 and of[architecture.first][-1] == 11
+    with pytest.raises(ValueError, match="width and depth must be at least 1"):
+        build(5, depth=0)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "resnet_18"])
+def test_only_an_affine_resnet_learns_scales_and_biases(name):
+    plain, affine = (shapes(getattr(zoo, name)(10, affine=a), BUILDERS[name]) for a in (False, True))
+    assert {path.rsplit("/", 1)[1] for path in plain} == {"kernel"}
+    norms = {path.rsplit("/", 1)[0] for path in affine if path.endswith("scale")}
+    added = {f"{norm}/{leaf}" for norm in norms for leaf in ("scale", "bias")}
+    assert affine.keys() == plain.keys() | added and len(norms) == len(plain) - 1  # one after each convolution
+
+
+def test_switches_are_fields_of_the_published_values():
+    convnet = zoo.mnist_convnet(10, dropout=True).module
+    assert (convnet.channel_dropout, convnet.dropout) == (0.25, 0.5)
+    assert zoo.mnist_convnet(10).module == models.MnistConvNet(10)
+    lenet = zoo.lenet_300_100(10, biases=True, dropout=True)
+    assert (lenet.module.use_bias, lenet.module.dropout) == (True, 0.5)
+    assert lenet.last in shapes(lenet, (28, 28, 1)) and "Dense_2/bias" in shapes(lenet, (28, 28, 1))
+    assert zoo.lenet_300_100(10).module == models.LeNet300100(10, use_bias=False)

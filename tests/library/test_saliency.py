@@ -1,4 +1,4 @@
-"""Scores by hand: Zhou's criteria on four weights whose story differs, SNIP, GraSP and SynFlow on tiny nets; rounds."""
+"""Scores by hand: magnitudes, SNIP, GraSP and SynFlow on tiny nets; and pruning by them in rounds."""
 
 from fractions import Fraction
 from functools import partial
@@ -12,97 +12,19 @@ import pytest
 
 import supermask_jax as sm
 from supermask_jax import saliency
-from supermask_jax.saliency import criterion, grasp, iterative, magnitude, snip, synflow
+from supermask_jax.saliency import grasp, magnitude, prune_in_rounds, snip, synflow
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-# Four weights: one grew, one shrank, one changed its sign, one did not move.
-
-INITIAL = {"Dense_0": {"kernel": jnp.array([[1.0, -4.0], [2.0, 0.5]]), "bias": jnp.zeros(2)}}
-FINAL = {"Dense_0": {"kernel": jnp.array([[3.0, -1.0], [-6.0, 0.5]]), "bias": jnp.ones(2)}}
-SCORES = {
-    "large_final": [3, 1, 6, 0.5],
-    "small_final": [-3, -1, -6, -0.5],
-    "large_init": [1, 4, 2, 0.5],
-    "small_init": [-1, -4, -2, -0.5],
-    "magnitude_increase": [2, -3, 4, 0],
-    "movement": [2, 3, 8, 0],
-    "large_final_same_sign": [3, 1, 0, 0.5],
-    "large_final_diff_sign": [0, 0, 6, 0],
-    "magnitude_increase_same_sign": [2, -3, 0, 0],
-    "magnitude_increase_diff_sign": [0, 0, 4, 0],
-    # ranks by init 1, 3, 2, 0 and by final 2, 1, 3, 0, of four
-    "large_init_large_final": [0.25, 0.25, 0.5, 0],
-    "small_init_small_final": [0.25, 0, 0, 0.75],
-}
+WEIGHTS = {"Dense_0": {"kernel": jnp.array([[3.0, -1.0], [-6.0, 0.5]]), "bias": jnp.ones(2)}}
 
 
 def test_magnitude_is_the_absolute_value_of_what_is_prunable():
-    scores = magnitude(INITIAL)
+    scores = magnitude(WEIGHTS)
     assert scores["Dense_0"]["bias"] is None
-    assert scores["Dense_0"]["kernel"].tolist() == [[1, 4], [2, 0.5]]
+    assert scores["Dense_0"]["kernel"].tolist() == [[3, 1], [6, 0.5]]
     with pytest.raises(ValueError, match="matches no leaf; the leaves are: bias"):
         magnitude({"bias": jnp.ones(2)})
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_each_criterion_by_hand(name):
-    scores = criterion(name, INITIAL, FINAL)
-    assert scores["Dense_0"]["bias"] is None
-    assert scores["Dense_0"]["kernel"].ravel().tolist() == SCORES[name]
-
-
-def test_every_criterion_but_the_random_one_is_in_the_table():
-    assert set(SCORES) == {*saliency.CRITERIA, *saliency.RANKED}
-
-
-@pytest.mark.parametrize("name", saliency.RANKED)
-def test_ranks_are_among_the_kept_weights_alone(name):
-    rng = np.random.default_rng(0)
-    initial, final = ({"w": rng.normal(size=(9, 7)).astype(np.float32)} for _ in range(2))
-    mask = (rng.random((9, 7)) < 0.7).astype(np.float32)
-    kept = mask.astype(bool)
-    scores = criterion(name, initial, final, masks={"w": mask})["w"]
-    alone = criterion(name, *({"w": tree["w"][kept].reshape(1, -1)} for tree in (initial, final)))["w"]
-    chex.assert_trees_all_equal(scores[kept], alone.ravel())
-
-
-def test_equal_magnitudes_share_a_rank():
-    initial = {"w": jnp.array([[1.0, -1.0, 1.0, 2.0]])}
-    scores = criterion("large_init_large_final", initial, {"w": jnp.array([[5.0, 5.0, 5.0, 6.0]])})["w"]
-    assert scores.tolist() == [[0, 0, 0, 0.75]]
-
-
-def test_a_zero_has_a_sign_of_its_own():
-    initial, final = {"w": jnp.array([[0.0, 0.0, 1.0]])}, {"w": jnp.array([[2.0, -0.0, 3.0]])}
-    assert criterion("large_final_same_sign", initial, final)["w"].tolist() == [[0, 0, 3]]
-    assert criterion("large_final_diff_sign", initial, final)["w"].tolist() == [[2, 0, 0]]
-
-
-def test_random_scores_depend_on_the_key_and_the_path_alone():
-    weights = {name: jnp.ones((20, 30), jnp.bfloat16) for name in ("a", "c")}
-    scores = criterion("random", weights, weights, key=jax.random.key(0))
-    alone = criterion("random", {"c": weights["c"]}, {"c": weights["c"]}, key=jax.random.key(0))
-    other = criterion("random", weights, weights, key=jax.random.key(1))
-    chex.assert_trees_all_equal(scores["c"], alone["c"])
-    assert abs(np.corrcoef(scores["a"].ravel(), scores["c"].ravel())[0, 1]) < 0.2
-    assert abs(np.corrcoef(scores["a"].ravel(), other["a"].ravel())[0, 1]) < 0.2
-    assert np.unique(scores["a"]).size > 590  # drawn in float32: in the weights' bfloat16 most would tie
-
-
-def test_an_unknown_criterion_a_random_one_without_a_key_and_no_weights_are_refused():
-    with pytest.raises(ValueError, match=r"no mask criterion 'large_finale'; there are: large_final, .*, random"):
-        criterion("large_finale", INITIAL, FINAL)
-    with pytest.raises(ValueError, match="'random' needs a key"):
-        criterion("random", INITIAL, FINAL)
-    with pytest.raises(ValueError, match="matches no leaf"):
-        criterion("movement", {"bias": jnp.ones(2)}, {"bias": jnp.ones(2)})
-
-
-@pytest.mark.parametrize("name", ("magnitude_increase", "large_init_large_final"))
-def test_scores_do_not_depend_on_compilation(name):
-    compiled = jax.jit(lambda initial, final: criterion(name, initial, final))(INITIAL, FINAL)
-    chex.assert_trees_all_equal(compiled, criterion(name, INITIAL, FINAL))
 
 
 # At initialisation. The net: y = x @ first @ last + bias, and the loss the sum of (y - t)**2 over a batch (x, t).
@@ -335,7 +257,7 @@ def test_synflow_of_112_layers_still_fits_when_one_weight_of_a_hundred_is_left()
 
 def test_synflow_in_rounds_keeps_what_the_published_scores_keep():
     kernels = chain([20, 30, 30, 10])
-    masks = iterative(jax.jit(lambda masks: synflow(chain_fn, kernels, (20,), masks=masks)), 0.03, 20)
+    masks = prune_in_rounds(jax.jit(lambda masks: synflow(chain_fn, kernels, (20,), masks=masks)), 0.03, 20)
     theirs = [(kernel != 0).astype(np.float32) for kernel in published_rounds(kernels, 0.03, 20)]
     chex.assert_trees_all_equal(jax.device_get(masks), theirs)
 
@@ -362,7 +284,7 @@ def test_each_round_keeps_the_best_of_what_is_left_in_exact_number(density):
         seen.append(masks)
         return scores[len(seen) - 1]
 
-    last = iterative(score_fn, density, 4)
+    last = prune_in_rounds(score_fn, density, 4)
     assert seen[0] is None
     left = {path: np.ones(shape) for path, shape in SHAPES.items()}
     for number, masks in enumerate([*seen[1:], last], 1):
@@ -375,24 +297,24 @@ def test_each_round_keeps_the_best_of_what_is_left_in_exact_number(density):
 
 def test_one_round_is_one_shot_pruning():
     (scores,) = draws(1)
-    chex.assert_trees_all_equal(iterative(lambda masks: scores, 0.3, 1), sm.global_masks(scores, 0.3))
+    chex.assert_trees_all_equal(prune_in_rounds(lambda masks: scores, 0.3, 1), sm.global_masks(scores, 0.3))
 
 
 def test_no_slip_of_floating_point_keeps_a_weight_too_many():
     counts, (scores,) = [], draws(1)
     with pytest.warns(UserWarning, match="pruned whole"):
-        iterative(lambda masks: counts.append(masks and count_of(masks)) or scores, 0.001, 3)
+        prune_in_rounds(lambda masks: counts.append(masks and count_of(masks)) or scores, 0.001, 3)
     assert 0.001 ** (1 / 3) > 0.1
     assert counts == [None, 100, 10]
-    assert iterative(lambda masks: {"w": jnp.ones((1, 3))}, Fraction(2, 3), 1)["w"].sum() == 2
+    assert prune_in_rounds(lambda masks: {"w": jnp.ones((1, 3))}, Fraction(2, 3), 1)["w"].sum() == 2
 
 
 def test_a_layer_pruned_whole_is_named_in_a_warning_and_a_minimum_prevents_it():
     (scores,) = draws(1)
     scores |= {"c": scores["c"] - 100, "e": scores["e"] - 200}
     with pytest.warns(UserWarning, match="pruned whole: c, e; minimum=1 keeps a weight in every layer"):
-        iterative(lambda masks: scores, 0.3, 3)
-    masks = jax.device_get(iterative(lambda masks: scores, 0.3, 3, minimum=25))
+        prune_in_rounds(lambda masks: scores, 0.3, 3)
+    masks = jax.device_get(prune_in_rounds(lambda masks: scores, 0.3, 3, minimum=25))
     assert count_of(masks) == 300
     assert masks["e"].all()  # it has but twenty
     chex.assert_trees_all_equal(masks["c"], oracles.highest(scores["c"], 25))
@@ -403,7 +325,7 @@ def test_a_layer_pruned_whole_is_named_in_a_warning_and_a_minimum_prevents_it():
 @pytest.mark.parametrize("density", (0.3, 0.7))
 def test_with_a_minimum_nothing_comes_back_either_and_the_number_is_exact(density):
     seen, scores = [], iter(draws(5))
-    masks = iterative(lambda masks: seen.append(masks) or next(scores), density, 5, minimum=15)
+    masks = prune_in_rounds(lambda masks: seen.append(masks) or next(scores), density, 5, minimum=15)
     for number, (before, after) in enumerate(zip(seen[1:], [*seen[2:], masks], strict=True), 2):
         assert count_of(after) == np.ceil(SIZE * density ** (number / 5))
         for path in SHAPES:
@@ -414,7 +336,7 @@ def test_with_a_minimum_nothing_comes_back_either_and_the_number_is_exact(densit
 def test_the_second_and_later_rounds_compile_nothing(caplog):
     compiled, (scores,) = [], draws(1)
     with jax.log_compiles():
-        iterative(lambda masks: compiled.append(len(caplog.records)) or scores, 0.37, 4, minimum=2)
+        prune_in_rounds(lambda masks: compiled.append(len(caplog.records)) or scores, 0.37, 4, minimum=2)
         compiled.append(len(caplog.records))
         jax.jit(lambda: jnp.zeros(3))()
     assert len(compiled) == 5
@@ -427,7 +349,7 @@ def test_rounds_that_make_no_sense_are_refused():
 
     def refused(message, *arguments, scores=score_fn):
         with pytest.raises(ValueError, match=message):
-            iterative(scores, *arguments)
+            prune_in_rounds(scores, *arguments)
 
     refused(r"density must be a number in \[0, 1\]", 1.3, 2)
     refused("rounds must be a whole number >= 1, got 0", 0.3, 0)
@@ -436,3 +358,7 @@ def test_rounds_that_make_no_sense_are_refused():
     refused("density 0.01 keeps 10 weights: too few for 3 in every layer", 0.01, 2, 3, scores=lambda masks: draws(1)[0])
     refused("every score is 0: nothing to choose by in round 1", 0.3, 2, scores=lambda masks: {"w": jnp.zeros((2, 3))})
     refused("scores of 'w' are not finite", 0.3, 2, scores=lambda masks: {"w": jnp.array([[1.0, jnp.nan]])})
+
+
+def test_the_former_name_is_the_same_function():
+    assert saliency.iterative is prune_in_rounds

@@ -113,6 +113,44 @@ def _loss_keys(state):
     return [jax.random.fold_in(loss_key, i) for i in range(2)]
 
 
+def test_a_product_replaces_weights_times_masks_and_sees_the_learning_tree():
+    """With a gain of 3 on the masked kernel, the loss and the scores' gradient are those of the scaled network."""
+    mask_fn, tx, start = sm.edge_popup(0.3), optax.sgd(0.5), subnet()
+
+    def product(subnet, key):
+        params = sm.subnetwork(mask_fn, subnet, key)
+        return {**params, "kernel": 3 * params["kernel"]}
+
+    state = sm.init_state(start, tx, jax.random.key(2), learns="scores")
+    after, metrics = sm.make_train_step(mask_fn, loss_fn, tx, learns="scores", product=product)(state, batch())
+    b, mask = batch(), mask_fn(start.scores, None)["kernel"]
+    error = b["x"] @ (3 * WEIGHTS["kernel"] * mask) + WEIGHTS["bias"][None] - b["y"]
+    np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-5)
+    by_params = b["x"].T @ error * 2 / error.size
+    expected = start.scores["kernel"] - 0.5 * 3 * WEIGHTS["kernel"] * by_params * jnp.sign(start.scores["kernel"])
+    np.testing.assert_allclose(after.subnet.scores["kernel"], expected, atol=1e-6)
+
+
+def test_the_product_of_none_is_the_subnetwork_bit_for_bit():
+    mask_fn, tx = sm.bernoulli(), optax.sgd(0.1)
+    state = sm.init_state(subnet(), tx, jax.random.key(2), learns="scores")
+    plain = sm.make_train_step(mask_fn, loss_fn, tx, learns="scores")(state, batch())
+    said = sm.make_train_step(
+        mask_fn, loss_fn, tx, learns="scores", product=lambda subnet, key: sm.subnetwork(mask_fn, subnet, key)
+    )(state, batch())
+    jax.tree.map(np.testing.assert_array_equal, plain[0].subnet, said[0].subnet)
+    jax.tree.map(np.testing.assert_array_equal, plain[1], said[1])
+
+
+def test_pmap_step_passes_the_product_on():
+    mask_fn, tx = sm.edge_popup(0.3), optax.sgd(0.1)
+    product = lambda subnet, key: jax.tree.map(lambda leaf: 3 * leaf, subnet.weights)  # noqa: E731
+    state = sm.init_state(subnet(), tx, jax.random.key(2), learns="weights")
+    step = sm.parallel.pmap_step(mask_fn, loss_fn, tx, learns="weights", devices=1, product=product)
+    expected, _ = loss_fn(product(state.subnet, None), None, batch(), jax.random.key(0))
+    np.testing.assert_allclose(step(state, batch())[1]["loss"], expected, rtol=1e-5)
+
+
 # The silent failures: each would train nothing, or the wrong thing.
 
 

@@ -1,6 +1,6 @@
-"""What is done to a running job, and that it survives: the real command, in processes of its own.
+"""A training run survives what is done to it: real runs in processes of their own, and damage to their files.
 
-SIGTERM, Ctrl-C and a second process in the directory have tests of their own in test_interrupt.py.
+test_interrupt.py tests SIGTERM, Ctrl-C and a second process in the directory.
 """
 
 import errno
@@ -14,19 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import faults
-from experiments.bench import subject
+from experiments.bench import child_run, disk_faults, faults
+from experiments.config.settings import flat, neutral
+from experiments.mnist import Config
 from experiments.run.checkpoints import CHECKSUMS, SAVED, Checkpoints
 from experiments.run.errors import UserError
-from experiments.mnist import Config
+from experiments.run.names import Settings
 from experiments.run.workdir import Workdir
 
+SETTINGS = Settings(flat(Config()), neutral(Config))
 TREE = {"a": jnp.arange(5000.0), "key": jax.random.key(3)}
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """One for all: what is compiled, and the run that nothing happens to, are made once."""
+    """One directory for all tests: programs are compiled once, and the undisturbed run is made once."""
     return tmp_path_factory.mktemp("faults")
 
 
@@ -35,7 +37,8 @@ def assert_survived(fault):
     assert fault.survived == fault.tries == len(fault.details) > 0, json.dumps(fault.details, indent=2, default=str)
 
 
-def test_killed_twenty_times_it_goes_on_each_time_and_ends_bit_identical(scratch):
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_resumes_each_time_and_ends_bit_identical(scratch):
     seed = random.randrange(2**32)
     print("moments drawn from seed", seed)
     fault = faults.kills(scratch, tries=20, seed=seed)
@@ -52,56 +55,63 @@ def test_killed_twenty_times_it_goes_on_each_time_and_ends_bit_identical(scratch
     assert len(kept) == 3 and "saved" in kept  # two checkpoints, and nothing of saves that were killed
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits_in_every_file(scratch, monkeypatch):
-    first = subject.whole(scratch)
+    first = child_run.undisturbed(scratch)
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # compiled again, too
-    run = subject.finished(scratch, scratch / "again", "--epochs", str(subject.EPOCHS))
+    run = child_run.finished(scratch, scratch / "again", "--epochs", str(child_run.EPOCHS))
     assert run.ended() == 0
-    second = subject.results(run.workdir)
-    assert subject.differences(second, first) == []
-    assert len(first["arrays"]) > 5 and len(first["records"]) == subject.EPOCHS + 1
+    second = child_run.results(run.workdir)
+    assert child_run.differences(second, first) == []
+    assert len(first["arrays"]) > 5 and len(first["records"]) == child_run.EPOCHS + 1
     assert {"layers.png", "kernels.png", "flips.png", "curves.png"} <= set(first["pictures"])
     for name in first["pictures"]:
         assert first["pictures"][name][:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(scratch):
-    one = subject.whole(scratch)
+    one = child_run.undisturbed(scratch)
     other = {**one, "step": 1, "arrays": {**one["arrays"]}, "pictures": {**one["pictures"], "flips.png": b""}}
     name = max(one["arrays"], key=lambda name: one["arrays"][name].size)
     other["arrays"][name] = one["arrays"][name].copy()
     other["arrays"][name].flat[0] = np.nextafter(one["arrays"][name].flat[0], np.float32(9))
-    assert subject.differences(one, one) == []
-    assert subject.differences(other, one) == ["step", name, "flips.png"]
+    assert child_run.differences(one, one) == []
+    assert child_run.differences(other, one) == ["step", name, "flips.png"]
 
 
-def test_a_full_disk_stops_it_with_one_paragraph_and_it_goes_on_when_there_is_room(scratch):
-    fault = faults.full_disk(scratch)
+@pytest.mark.slow
+def test_a_full_disk_stops_a_run_with_one_paragraph_and_it_resumes_when_there_is_room(scratch):
+    fault = disk_faults.full_disk(scratch)
     assert_survived(fault)
     assert {"checkpoint", "pictures"} <= {seen["place"] for seen in fault.details}
     for seen in fault.details:
-        assert seen["said"].count("error: ") == 1 and "give the same command again" in seen["said"]
+        assert seen["output"].count("error: ") == 1 and "give the same command again" in seen["output"]
 
 
-@pytest.mark.parametrize("fault", [faults.cut_checkpoint, faults.noisy_checkpoint])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_and_none_whole_is_an_error(scratch, fault):
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [disk_faults.cut_checkpoint, disk_faults.noisy_checkpoint])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_and_no_whole_one_is_an_error(scratch, fault):
     fault = fault(scratch, tries=1, seed=random.randrange(2**32))
     assert_survived(fault)
     assert fault.details[0]["warned"] and fault.details[-1]["all"]
 
 
-def test_it_goes_on_with_other_devices(scratch):
+@pytest.mark.slow
+def test_a_run_resumes_on_other_devices(scratch):
     fault = faults.other_devices(scratch)
     assert_survived(fault)
     assert fault.tries == 3
 
 
+@pytest.mark.slow
 def test_training_that_diverges_names_step_and_layer_and_leaves_finite_checkpoints(scratch):
     fault = faults.not_finite(scratch)
     assert_survived(fault)
     assert fault.details[0]["what"] == "Dense_0/kernel"
 
 
+@pytest.mark.slow
 def test_saving_once_a_second_for_a_while_leaves_no_more_files_memory_or_open_files(scratch):
     fault = faults.soak(scratch, seconds=10)
     assert_survived(fault)
@@ -125,7 +135,7 @@ def restored(path):
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "one bit", "noise"])
-def test_damage_to_any_file_of_a_checkpoint_is_found(tmp_path, how):
+def test_damage_to_any_file_of_a_checkpoint_is_detected(tmp_path, how):
     rng = random.Random(0)
     saved_twice(tmp_path / "whole")
     files = [file for file in (tmp_path / "whole" / "20").rglob("*") if file.is_file() and file.stat().st_size]
@@ -138,7 +148,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(tmp_path, how):
         if how != "gone":
             noise = bytes([content[place] ^ 1]) if how == "one bit" else rng.randbytes(16)
             damaged.write_bytes(content[:place] + (b"" if how == "cut" else noise + content[place + len(noise) :]))
-        with pytest.warns(UserWarning, match=r"cannot read the checkpoint at step 20 .* goes on from step 10"):
+        with pytest.warns(UserWarning, match=r"cannot read the checkpoint at step 20 .* from step 10"):
             assert restored(path) == 10
         assert sorted(file.name for file in path.iterdir()) == ["10", "20.damaged", "saved"]
 
@@ -186,7 +196,7 @@ def test_checkpoints_that_were_there_and_are_gone_are_an_error(tmp_path):
         shutil.rmtree(tmp_path / "c" / step)
     with pytest.raises(UserError, match="there are none now"):
         Checkpoints(tmp_path / "c").restore(TREE)
-    workdir = Workdir(tmp_path / "run", Config(), "digest")
+    workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
     workdir.checkpoints()
     workdir.append({"epoch": 0, "step": 0})
     workdir.checkpoints()
@@ -206,7 +216,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     (workdir / ".hidden").write_text("the user's")
     (workdir / "checkpoints" / "notes.tmp").write_text("the user's")
     with pytest.raises(UserError, match="other settings"):
-        Workdir(workdir, Config(), "digest")
+        Workdir(workdir, SETTINGS, "digest")
     assert restored(workdir / "checkpoints") == 20
     assert sorted(file.name for file in (workdir / "checkpoints").iterdir()) == ["10", "20", "notes.tmp", "saved"]
     assert sorted(file.name for file in workdir.iterdir()) == [".hidden", ".lock", "checkpoints", "config.json"]
@@ -233,13 +243,13 @@ def test_a_save_that_fails_is_one_error_whatever_the_writer_raises_and_the_last_
     assert restored(tmp_path) == 20
 
 
-def test_a_full_disk_is_named_with_the_file_and_ends_no_run_whose_pictures_are_missing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_file_and_a_run_without_pictures_is_not_finished(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fail(*_):
         raise full
 
-    workdir = Workdir(tmp_path / "run", Config(), "digest")
+    workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match=r"metrics.jsonl"):
         workdir.append({"epoch": 0, "step": 0})

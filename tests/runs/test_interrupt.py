@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves and says how to go on; two processes do not work in one directory. Real processes."""
+"""Stopped by a signal, a run saves and says how to resume; two processes do not work in one directory."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from experiments.run.errors import InUse
 from experiments.run.interrupt import stopping
-from experiments.mnist import Config
+from experiments.run.names import Settings
 from experiments.run.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,9 @@ def finished(command, **more):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_what_it_prints_goes_on(tmp_path, number):
+def test_stopped_by_a_signal_it_saves_and_what_it_prints_resumes_it(tmp_path, number):
     process = subprocess.Popen(
         flags(tmp_path / "run", "--epochs", "400"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -38,11 +39,12 @@ def test_asked_to_stop_it_saves_and_what_it_prints_goes_on(tmp_path, number):
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 3, said
-    assert "stopped as asked; saved at step" in said and "Traceback" not in said
+    assert "stopped by a signal; saved at step" in said and "Resume with:" in said and "Traceback" not in said
     step = int(said.split("saved at step ")[1].split(" ")[0])
+    assert f"saved at step {step} of {400 * 63} in {tmp_path / 'run'}. Resume with:\n" in said
     assert step >= 2 * 63
     program, *rest = shlex.split(said.strip().splitlines()[-1])
-    assert program == "python" and rest[:2] == ["-m", "experiments.mnist"]
+    assert str(ROOT / program) == sys.executable and rest[:2] == ["-m", "experiments.mnist"]
     again = subprocess.Popen(
         [sys.executable, *rest], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -67,19 +69,21 @@ def test_a_second_signal_ends_it_at_once_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
-    holder = "from experiments.mnist import Config; from experiments.run.workdir import Workdir; import sys, time\n"
-    holder += "w = Workdir(sys.argv[1], Config(), 'digest'); print('holds', flush=True); time.sleep(300)"
+    holder = "from experiments.run.names import Settings; from experiments.run.workdir import Workdir\n"
+    holder += "import sys, time\n"
+    holder += "w = Workdir(sys.argv[1], Settings({}), 'digest'); print('holds', flush=True); time.sleep(300)"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "holds\n"
     with pytest.raises(InUse, match="another process is working in"):
-        Workdir(tmp_path / "run", Config(), "digest")
+        Workdir(tmp_path / "run", Settings({}), "digest")
     done = finished(flags(tmp_path / "run", "--epochs", "1"))
     assert done.returncode == 1 and "another process is working in" in " ".join(done.stderr.split())
     process.kill()  # and nothing is left that would have to be cleared away
     process.communicate()
-    first = Workdir(tmp_path / "run", Config(), "digest")
-    second = Workdir(tmp_path / "run", Config(), "digest")  # one process may open it twice
+    first = Workdir(tmp_path / "run", Settings({}), "digest")
+    second = Workdir(tmp_path / "run", Settings({}), "digest")  # one process may open it twice
     assert first.config() == second.config()

@@ -53,11 +53,13 @@ def eight():
     return results_of([start(8, "eight")])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_on_eight_devices(eight, case):
     assert eight[case] is None, eight[case]
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_share_of_the_batch_each_give_the_losses_and_masks_of_one_device(eight):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

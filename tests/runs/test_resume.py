@@ -1,8 +1,10 @@
-"""A finished run is not begun again, and a stopped one goes on as if nothing had happened; kills are in test_faults.py.
+"""A finished run is not begun again, and a stopped one is resumed bit-identical; kills are in test_faults.py.
 
 Methods whose masks change between steps are stopped between two changes, and at one, in this process.
 """
 
+import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -14,10 +16,13 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from experiments.data import load as data
-from experiments.training import fit as runner
-from experiments.run.checkpoints import Checkpoints
+from experiments.config.run import named
+from experiments.config.settings import changed
+from experiments.data.load import load
 from experiments.mnist import Config, defaults
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.interrupt import Interrupted
+from experiments.training import fit as fitting
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("train_seconds", "images_per_second")
@@ -57,6 +62,7 @@ def _leaves(tree):
     ]
 
 
+@pytest.mark.slow
 def test_finished_run_prints_its_summary_again_without_training(uninterrupted):
     before = (uninterrupted / "summary.json").read_bytes()
     again = run(uninterrupted)
@@ -65,6 +71,7 @@ def test_finished_run_prints_its_summary_again_without_training(uninterrupted):
     assert (uninterrupted / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_changed_setting_is_refused_by_name_and_harmless_ones_are_not(uninterrupted):
     refused = run(uninterrupted, "--learning-rate", "0.2", "--seed", "1")
     assert refused.returncode == 1
@@ -74,17 +81,60 @@ def test_changed_setting_is_refused_by_name_and_harmless_ones_are_not(uninterrup
     assert run(uninterrupted, "--checkpoint-every", "7", "--data-dir", "/nowhere").returncode == 0
 
 
+@functools.cache
+def digits():
+    return load("mnist-5k")
+
+
 def fit(workdir, method):
     """Two epochs of 63 steps; masks change at the steps 15, 30, 45, 60, 75 and, of gradual, 90."""
-    settings = {"model": "mlp", "width": 16, "depth": 1, "epochs": 2, "density": 0.3, "dataset": "mnist-5k"}
+    settings = {"model": "mlp", "width": 16, "depth": 1, "epochs": 2, "density": 0.3}
     every = {"update_every": 15, "checkpoint_every": 20, "workdir": str(workdir)}
-    config = Config(**defaults("best", method) | settings | every)
-    return runner.fit(config, data.load("mnist-5k"), "mnist", alone=False)
+    config = changed(Config(), **defaults("best", method) | settings | every)
+    return fitting.fit(named(config, "mnist-5k"), digits(), "mnist", single=False)
 
 
-@pytest.mark.filterwarnings("ignore:(?!cannot read)")  # orbax warns that no layout is given
-@pytest.mark.parametrize("method", ["rigl", "gradual"])
-def test_stopped_between_two_changes_of_the_masks_and_at_one_it_ends_bit_identical(method, tmp_path, monkeypatch):
+def assert_bit_identical(workdir, got, other, expected):
+    times = {*TIMES, "compile_seconds", "config"}
+    assert {k: v for k, v in got.items() if k not in times} == {k: v for k, v in expected.items() if k not in times}
+    (records, state), (expected_records, expected_state) = results(workdir), results(other)
+    assert records == expected_records
+    assert all(sum(record["flips"].values()) > 0 for record in records[1:])  # masks changed, in both epochs
+    for name in ("state", "masks", "totals"):
+        got, want = _leaves(state[name]), _leaves(expected_state[name])
+        assert len(got) == len(want) > 0
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+quiet = pytest.mark.filterwarnings("ignore:(?!cannot read)")  # orbax warns that no layout is given
+
+
+@quiet
+@pytest.mark.parametrize("method", [pytest.param("edge-popup", marks=pytest.mark.slow), "rigl"])
+def test_stopped_by_a_signal_wherever_it_is_and_resumed_it_ends_bit_identical(method, tmp_path, monkeypatch):
+    """The signal comes during the first pause of each process: at a change of masks, between two."""
+    expected, steps = fit(tmp_path / "whole", method), []
+
+    @contextlib.contextmanager
+    def stopped():  # the signal comes once training has begun
+        calls = []
+        yield lambda: bool(calls) or calls.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "stopping", stopped)
+        for _ in range(2 if method == "rigl" else 4):
+            with pytest.raises(Interrupted, match="stopped by a signal; saved at step") as caught:
+                fit(tmp_path / "broken", method)
+            steps.append(int(str(caught.value).split("at step ")[1].split(" ")[0]))
+    assert steps == ([15, 20] if method == "rigl" else [20, 40, 60, 63])
+    assert_bit_identical(tmp_path / "broken", fit(tmp_path / "broken", method), tmp_path / "whole", expected)
+
+
+@pytest.mark.slow
+@quiet
+@pytest.mark.parametrize("method", ["rigl", "gradual", "set"])
+def test_killed_between_two_changes_of_the_masks_and_at_one_it_ends_bit_identical(method, tmp_path, monkeypatch):
     expected = fit(tmp_path / "whole", method)
     save, stops, saved = Checkpoints.save, [20, 60], []
 
@@ -101,16 +151,4 @@ def test_stopped_between_two_changes_of_the_masks_and_at_one_it_ends_bit_identic
             fit(tmp_path / "broken", method)
     got = fit(tmp_path / "broken", method)
     assert saved == [20, 40, 60, 80, 100, 120, 126]  # no part was trained twice
-
-    times = {*TIMES, "compile_seconds"}
-    assert {k: v for k, v in got.items() if k not in times and k != "config"} == {
-        k: v for k, v in expected.items() if k not in times and k != "config"
-    }
-    (records, state), (expected_records, expected_state) = results(tmp_path / "broken"), results(tmp_path / "whole")
-    assert records == expected_records
-    assert all(sum(record["flips"].values()) > 0 for record in records[1:])  # masks changed, in both epochs
-    for name in ("state", "masks", "totals"):
-        got, want = _leaves(state[name]), _leaves(expected_state[name])
-        assert len(got) == len(want) > 0
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert_bit_identical(tmp_path / "broken", got, tmp_path / "whole", expected)

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
-from experiments.data import load as data
-from experiments.run import processes
-from experiments.training import fit as runner
-from experiments.run.errors import UserError
-from experiments.run.placement import Layout
+from experiments.config.settings import changed
+from experiments.data.load import load
 from experiments.mnist import Config
+from experiments.run import processes
+from experiments.run.errors import UserError
+from experiments.run.placement import Placement
+from experiments.training.fit import fit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(Path(fit_on_devices.__file__))]
@@ -100,23 +101,25 @@ def by_two(tmp_path_factory):
     return folder
 
 
-ON_EIGHT = [(method, road) for method, roads in fit_on_devices.RUNS.items() for road in roads if road != "one"]
-IN_TWO = [(method, road) for method, roads in fit_on_devices.BY_TWO.items() for road in roads]
+ON_EIGHT = [(method, name) for method, names in fit_on_devices.RUNS.items() for name in names if name != "one"]
+IN_TWO = [(method, name) for method, names in fit_on_devices.BY_TWO.items() for name in names]
 
 
-@pytest.mark.parametrize(("method", "road"), ON_EIGHT)
-def test_eight_devices_find_what_one_finds(runs, method, road):
-    assert_same_curves(runs / f"{method}-{road}", runs / f"{method}-one")
-    summary = json.loads((runs / f"{method}-{road}" / "summary.json").read_text())
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "placement"), ON_EIGHT)
+def test_eight_devices_find_what_one_finds(runs, method, placement):
+    assert_same_curves(runs / f"{method}-{placement}", runs / f"{method}-one")
+    summary = json.loads((runs / f"{method}-{placement}" / "summary.json").read_text())
     assert (summary["devices"], summary["processes"]) == (8, 1)
 
 
-@pytest.mark.parametrize(("method", "road"), IN_TWO)
-def test_two_processes_find_what_one_device_finds_and_the_first_writes_it(runs, by_two, method, road):
-    assert_same_curves(by_two / f"{method}-{road}", runs / f"{method}-one")
-    summary = json.loads((by_two / f"{method}-{road}" / "summary.json").read_text())
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "placement"), IN_TWO)
+def test_two_processes_find_what_one_device_finds_and_the_first_writes_it(runs, by_two, method, placement):
+    assert_same_curves(by_two / f"{method}-{placement}", runs / f"{method}-one")
+    summary = json.loads((by_two / f"{method}-{placement}" / "summary.json").read_text())
     assert (summary["devices"], summary["processes"]) == (8, 2)
-    files = {path.name for path in (by_two / f"{method}-{road}").iterdir()}
+    files = {path.name for path in (by_two / f"{method}-{placement}").iterdir()}
     assert files == {path.name for path in (runs / f"{method}-one").iterdir()}
 
 
@@ -134,6 +137,7 @@ def until(process, text):
     assert any(text in line for line in iter(process.stdout.readline, "")), process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on_from_it(tmp_path):
     running = [start(*command) for command in commands(tmp_path / "run", "--epochs", "400")]
     until(running[0], "epoch   1/")
@@ -153,6 +157,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on_f
     assert ended([alone])[0][0] == 3
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_other_ends_and_says_so(tmp_path):
     running = [start(*command) for command in commands(tmp_path / "run", "--epochs", "400")]
     until(running[0], "epoch   1/")
@@ -161,6 +166,7 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(tmp_path):
     assert status == 1 and "another process has ended" in " ".join(errors.split())
 
 
+@pytest.mark.slow
 def test_what_fails_in_the_first_process_fails_in_all_and_so_do_different_flags(tmp_path):
     (tmp_path / "file").touch()
     told = ended([start(*command) for command in commands(tmp_path / "file" / "run")], 90)
@@ -173,11 +179,12 @@ def test_what_fails_in_the_first_process_fails_in_all_and_so_do_different_flags(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_have_other_images_or_see_another_directory_are_told_so(tmp_path):
-    dataset = data.load("mnist-5k")
+    dataset = load("mnist-5k")
     for name, order in (("one", slice(None)), ("other", slice(None, None, -1))):
         files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-        parts = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+        parts = (dataset.train.images, dataset.train.labels, dataset.test.images, dataset.test.labels)
         (tmp_path / name).mkdir()
         for file, part in zip(files, parts, strict=True):
             part = part[order].astype(np.uint8).reshape(len(part), *[28, 28][: 2 * (part.ndim > 1)])
@@ -200,6 +207,7 @@ def test_processes_that_have_other_images_or_see_another_directory_are_told_so(t
     )
 
 
+@pytest.mark.slow
 def test_under_slurm_the_environment_says_who_takes_part(tmp_path):
     run = [sys.executable, "-m", "experiments.mnist", "--model", "mlp", "--width", "16", "--dataset", "mnist-5k"]
     run += ["--epochs", "1", "--coordinator", "auto", "--workdir", tmp_path / "run"]
@@ -216,23 +224,23 @@ def test_under_slurm_the_environment_says_who_takes_part(tmp_path):
 
 
 def test_on_one_device_nothing_is_split_and_the_tree_comes_back():
-    layout = Layout()
+    placement = Placement()
     tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "key": jax.random.key(3), "none": None}
-    placed = layout.replicate(tree)
+    placed = placement.replicate(tree)
     assert placed["none"] is None and isinstance(placed["a"], jax.Array)
     np.testing.assert_array_equal(placed["a"], tree["a"])
     assert jax.random.key_data(placed["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
-    np.testing.assert_array_equal(layout.split(tree["a"], axis=1), tree["a"])
-    assert layout.whole(placed) is placed
+    np.testing.assert_array_equal(placement.split(tree["a"], axis=1), tree["a"])
+    assert placement.whole(placed) is placed
     subnet = sm.Subnet({"w": jnp.ones((4, 2))}, {"w": jnp.ones((4, 2))})
     state = sm.TrainState(jnp.int32(0), subnet, None, (), jax.random.key(0))
-    assert jax.tree.map(lambda leaf: leaf.sharding, layout.place(state)) == layout.shardings(state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, placement.place(state)) == placement.shardings(state)
 
 
 def test_more_devices_than_there_are_and_batches_that_do_not_divide_are_refused(tmp_path):
-    config = Config(devices=64, workdir=str(tmp_path / "run"), dataset="mnist-5k")
+    config = changed(Config(), devices=64, workdir=str(tmp_path / "run"), dataset="mnist-5k")
     with pytest.raises(UserError, match=r"--devices 64: asked for 64 devices; there are \d"):
-        runner.fit(config, data.load("mnist-5k"), "mnist")
+        fit(config, load("mnist-5k"), "mnist")
     assert not (tmp_path / "run").exists()
 
 
@@ -252,7 +260,7 @@ def test_more_devices_than_there_are_and_batches_that_do_not_divide_are_refused(
 )
 def test_flags_of_several_devices_are_checked_before_anything_starts(settings, says):
     with pytest.raises(UserError, match=says):
-        Config(**settings).check()
+        changed(Config(), **settings).check()
 
 
 def test_alone_a_process_is_the_first_and_asks_nobody():

@@ -1,0 +1,144 @@
+"""The code of the documentation: its blocks run in order, and its recipes for the registry train."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import supermask_jax as sm
+from experiments.config.sections import Masks
+from experiments.training.methods import Setup
+
+ROOT = Path(__file__).parents[2]
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+NAMED = re.compile(r"# (\S+\.py)\n")  # the first line of a block that belongs into a file
+QUICK = ("--epochs", "1", "--train-images", "1000")
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(text: str) -> dict:
+    """The names that a page's Python blocks leave, run in order."""
+    names = {}
+    for block in blocks(text, "python"):
+        exec(block, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def extending() -> dict:
+    return run(EXTENDING)
+
+
+def test_rigl_in_a_loop_is_short_and_trains_at_its_density():
+    setup, loop = blocks(EXTENDING, "python")[:2]
+    assert "rigl" in loop
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 20
+    names = {}
+    exec(setup, names)
+    exec(loop, names)
+    assert names["metrics"]["loss"] < 0.5
+    assert sm.density(names["state"].subnet.scores) == sm.density(names["masks"])
+    moved = names["state"].subnet.scores["Dense_0"]["kernel"] != names["masks"]["Dense_0"]["kernel"]
+    assert moved.any()
+
+
+def test_the_method_of_the_page_draws_its_masks_again(extending):
+    tx, batch = extending["tx"], extending["batch"]
+    masks = Masks(density=0.3, update_every=2)
+    setup = Setup(masks, None, extending["weights"], None, extending["k_method"], tx, steps=10)
+    method = extending["redrawn"](setup)
+    before = sm.init_state(method.subnet, tx, extending["k_train"], learns=method.learns)
+    after = method.update(2, before, batch)
+    assert method.update_every == 2
+    assert (after.subnet.scores["Dense_0"]["kernel"] != before.subnet.scores["Dense_0"]["kernel"]).any()
+    assert sm.layer_densities(after.subnet.scores) == sm.layer_densities(before.subnet.scores)
+    assert method.update(8, before, batch) is before
+
+
+def test_the_saliency_of_the_page_scores_by_the_gradient(extending):
+    names, kernel = extending, ("Dense_0", "kernel")
+    scores = names["gradient_magnitude"](names["loss_fn"], names["weights"], names["batch"])
+    assert scores["Dense_0"]["bias"] is None
+    bumped = {**names["weights"], "Dense_0": dict(names["weights"]["Dense_0"])}
+    at = np.unravel_index(np.argmax(scores["Dense_0"]["kernel"]), scores["Dense_0"]["kernel"].shape)
+
+    def loss(change):
+        bumped["Dense_0"]["kernel"] = names["weights"][kernel[0]][kernel[1]].at[at].add(change)
+        return float(names["loss_fn"](bumped, None, names["batch"], None)[0])
+
+    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    assert abs(slope) == pytest.approx(float(scores["Dense_0"]["kernel"][at]), rel=0.02)
+    assert sm.density(names["masks"]) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_data_set_and_the_model_of_the_page_fit(extending):
+    dataset = extending["stripes"](None)
+    assert (dataset.classes, dataset.image_shape) == (2, (28, 28, 1))
+    assert (len(dataset.train), len(dataset.test)) == (4000, 1000)
+    architecture = extending["deep_mlp"](dataset.classes, width=8)
+    shapes = architecture.module.init(extending["k_model"], np.zeros((1, 28, 28, 1), np.float32))["params"]
+    kernels = sm.trees.prunable(shapes)
+    assert (kernels[architecture.first], kernels[architecture.last]) == ((784, 8), (8, 2))
+
+
+def test_the_blocks_of_running_run():
+    assert np.isfinite(run((ROOT / "docs" / "running.md").read_text())["metrics"]["loss"])
+
+
+@pytest.mark.slow
+def test_the_recipes_train_when_they_are_put_into_the_files_that_they_name(tmp_path):
+    """In a copy of the sources: what a reader does who follows the page to the letter, and then its commands."""
+    for package in ("experiments", "supermask_jax"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for block in blocks(EXTENDING, "python"):
+        if found := NAMED.match(block):
+            path = tmp_path / found[1]
+            assert path.parent.is_dir()
+            with path.open("a") as file:
+                file.write(f"\n\n{block}")
+    registry = tmp_path / "experiments" / "config" / "registry.py"
+    for block in blocks(EXTENDING, "diff"):
+        place, *added = block.splitlines()
+        text, context = registry.read_text(), place.removeprefix(" ") + "\n"
+        assert text.count(context) == 1, f"the registry has no line {context}"
+        assert all(line.startswith("+") for line in added)
+        registry.write_text(text.replace(context, context + "".join(line[1:] + "\n" for line in added)))
+
+    commands = [line for block in blocks(EXTENDING, "bash") for line in block.splitlines()]
+    assert len(commands) == 4
+    runs = []
+    for number, command in enumerate(commands):
+        python, dash_m, *arguments = shlex.split(command)
+        assert (python, dash_m) == ("python", "-m")
+        arguments += [*QUICK, "--workdir", f"run{number}"]
+        runs.append(arguments if "--dataset" in arguments else [*arguments, "--dataset", "mnist-5k"])
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(runs)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((tmp_path / f"run{number}" / "summary.json").read_text()) for number in range(4)]
+    assert [summary["method"] for summary in summaries] == ["redrawn", "gradient", "edge-popup", "edge-popup"]
+    assert [summary["density"] for summary in summaries] == pytest.approx([0.3, 0.1, 0.5, 0.5], abs=1e-3)
+    assert summaries[2]["test_accuracy"] > 0.9, "stripes are easy"

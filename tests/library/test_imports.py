@@ -1,0 +1,141 @@
+"""The library's imports flow one way, and importing it starts, prints and loads nothing that it need not."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import supermask_jax as sm
+
+PACKAGE = Path(sm.__file__).parent
+ALLOWED = {
+    "backend": set(),
+    "densities": set(),
+    "trees": set(),
+    "threshold": set(),
+    "selection": {"densities", "threshold", "trees"},
+    "initializers": {"densities", "trees"},
+    "criteria": {"trees"},
+    "saliency": {"criteria", "densities", "selection", "trees"},
+    "lottery": {"densities", "selection", "trees"},
+    "construction": {"initializers", "trees"},
+    "supermask": {"densities", "initializers", "selection", "trees"},
+    "flops": {"trees"},
+    "metrics": {"flops", "trees"},
+    "train": {"supermask", "trees"},
+    "parallel": {"supermask", "train", "trees"},
+    "dynamic": {"densities", "selection", "supermask", "train", "trees"},
+    "methods": {
+        *("backend", "densities", "dynamic", "initializers", "lottery", "saliency", "selection", "supermask", "train"),
+        "trees",
+    },
+}
+LIBRARIES = {"jax", "numpy", "optax"}  # flax too, under models/
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (
+                [node.module] if node.module != "supermask_jax" else [f"supermask_jax.{a.name}" for a in node.names]
+            )
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_it_may(room):
+    names = list(imports(PACKAGE / f"{room}.py"))
+    assert {name.split(".")[1] for name in names if name.startswith("supermask_jax.")} <= ALLOWED[room]
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, *LIBRARIES, "supermask_jax"}
+
+
+def test_every_room_is_in_the_table():
+    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == set(ALLOWED)
+
+
+def test_models_import_flax_and_nothing_of_the_rooms():
+    for file in (PACKAGE / "models").glob("*.py"):
+        names = list(imports(file))
+        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "jax", "flax", "supermask_jax"}
+        assert all(n.startswith("supermask_jax.models") for n in names if n.startswith("supermask_jax")), file
+
+
+def test_the_library_prints_nothing():
+    for file in PACKAGE.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"], file
+
+
+def fresh(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_prints_nothing_and_starts_no_backend():
+    fresh("import supermask_jax, jax; assert not jax._src.xla_bridge.backends_are_initialized()")
+
+
+def test_flax_is_imported_with_the_models_and_not_before():
+    fresh(
+        "import sys, supermask_jax as sm\n"
+        "assert not {'flax', 'chex'} & set(sys.modules)\n"
+        "assert 'models' in dir(sm) and 'models' in sm.__all__ and 'flax' not in sys.modules\n"
+        "assert sm.models.MLP and sm.models is sys.modules['supermask_jax.models'] and 'flax' in sys.modules\n"
+    )
+    fresh("from supermask_jax import models; from supermask_jax.models import zoo; assert models.zoo is zoo")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'supermask_jax' has no attribute 'nets'"):
+        _ = sm.nets
+
+
+def test_the_types_are_shipped():
+    assert (PACKAGE / "py.typed").exists()
+
+
+# Docstrings.
+
+
+def documented():
+    """{qualified name: docstring} of the public names, and of the public functions and classes of public modules."""
+    names = {name: getattr(sm, name) for name in sm.__all__}
+    modules = {name: value for name, value in names.items() if inspect.ismodule(value)}
+    models = [importlib.import_module(f"supermask_jax.models.{f.stem}") for f in (PACKAGE / "models").glob("[a-z]*.py")]
+    for module in [*modules.values(), *models]:
+        members = {f"{module.__name__}.{name}": value for name, value in vars(module).items() if name[0] != "_"}
+        names |= {
+            name: value
+            for name, value in members.items()
+            if getattr(value, "__module__", "").startswith("supermask_jax")
+        }
+    kinds = (inspect.isfunction, inspect.isclass, inspect.ismodule)
+    return {name: value for name, value in names.items() if any(is_kind(value) for is_kind in kinds)}
+
+
+DOCUMENTED = documented()
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_public_docstring_needs_no_other(name):
+    text = inspect.getdoc(DOCUMENTED[name])
+    assert text, name
+    text = " ".join(text.split())
+    assert not re.search(r"as in `|else as in|else is as|[Aa]rguments as|[Ee]rrors as|which see", text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, value in DOCUMENTED.items() if inspect.isfunction(value) and "Args:" in (value.__doc__ or "")],
+)
+def test_arguments_are_described_in_the_order_of_the_signature(name):
+    function = DOCUMENTED[name]
+    section = re.split(r"\n\n(?! {6})", inspect.getdoc(function).split("Args:\n", 1)[1])[0]
+    described = re.findall(r"^  (\w+):", section, re.MULTILINE)
+    assert described == list(inspect.signature(function).parameters)
