@@ -9,11 +9,17 @@ import jax
 import pytest
 
 DATA_DIR = os.environ.get("SUPERMASK_DATA_DIR")  # read once, before any test hides it
+# Single operations and plain jax.jit compile without optimization, which is a third of the tests' time. `sm.jit` names
+# its own level, so what users run is compiled as for them.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    with pytest.MonkeyPatch.context() as patch:  # this process alone: those that tests start are as users start them
+        patch.setenv("XLA_FLAGS", f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}")
+        jax.devices()  # reads it
     # What this process compiles is kept for its next tests: many compile the same step again. A directory of its own,
     # because the cache has no locks.
     config.compiled = tempfile.mkdtemp(prefix="compiled-")

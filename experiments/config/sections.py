@@ -1,7 +1,8 @@
 """The settings of a command, in sections. A consumer takes the section that it needs; the flags are flat.
 
-The text under a field is its `--help`. Field names are unique within a command. A field that is added later needs a
-default that does what the program did before it: see `experiments.config.settings`.
+The text under a field is its `--help`. Field names are unique over all sections; `density`, `rounds` and `unit` are in
+both Masks and Tickets, which no command has together. A field that is added later needs a default that does what the
+program did before it: see `experiments.config.settings`.
 """
 
 from dataclasses import dataclass

@@ -93,6 +93,7 @@ def test_flags_are_parsed_before_anything_heavy_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_torch_is_given_what_our_edge_popup_starts_from():
     dataset, weights = train_step.noise(TINY)
     ours = train_step.OurStep("edge-popup", dataset, weights, BATCH, TINY)

@@ -1,6 +1,5 @@
 """A network with batch statistics: what enters them, where they start, what they are evaluated with and stored in."""
 
-import contextlib
 import functools
 import json
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from signals import stopped_once_training
 
 import supermask_jax as sm
 from experiments.config.registry import INITIALIZERS, METHODS, MODELS, Entry
@@ -132,16 +132,10 @@ def test_evaluation_normalises_by_the_running_statistics_whatever_is_in_the_batc
 
 
 @quiet
-def test_statistics_are_resumed_bit_identical(tmp_path, small_model, monkeypatch):
+def test_statistics_are_resumed_bit_identical(tmp_path, small_model):
     expected = fit(tmp_path / "whole", checkpoint_every=2)
 
-    @contextlib.contextmanager
-    def stopped():  # the signal comes once training has begun
-        calls = []
-        yield lambda: bool(calls) or calls.append(True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "stopping", stopped)
+    with stopped_once_training():
         for step in (2, 3):  # a checkpoint, and the end of an epoch
             with pytest.raises(Interrupted, match=rf"saved at step {step} of 6"):
                 fit(tmp_path / "broken", checkpoint_every=2)

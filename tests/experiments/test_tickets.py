@@ -228,6 +228,7 @@ def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
         assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_ticket_is_measured_on_the_images_that_it_is_transferred_to(tmp_path):
     settings = config(tmp_path, rounds=1, controls=())
     summary = rounds.run(settings, images(), images(seed=1))
@@ -392,6 +393,7 @@ def test_statistics_are_drawn_stored_and_rewound_with_the_weights(tmp_path, with
     assert abs(fresh["validation_loss"] - figures["validation_loss"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_interrupted_network_with_statistics_ends_the_same(tmp_path, with_statistics):
     whole = rounds.run(config(tmp_path / "whole", rounds=1, rewind_step=5), images())
     calls = []

@@ -3,7 +3,6 @@
 Methods whose masks change between steps are stopped between two changes, and at one, in this process.
 """
 
-import contextlib
 import functools
 import json
 import subprocess
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from signals import stopped_once_training
 
 from experiments.config.run import named
 from experiments.config.settings import changed
@@ -111,18 +111,13 @@ quiet = pytest.mark.filterwarnings("ignore:(?!cannot read)")  # orbax warns that
 
 
 @quiet
-@pytest.mark.parametrize("method", [pytest.param("edge-popup", marks=pytest.mark.slow), "rigl"])
-def test_stopped_by_a_signal_wherever_it_is_and_resumed_it_ends_bit_identical(method, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["edge-popup", "rigl"])
+def test_stopped_by_a_signal_wherever_it_is_and_resumed_it_ends_bit_identical(method, tmp_path):
     """The signal comes during the first pause of each process: at a change of masks, between two."""
     expected, steps = fit(tmp_path / "whole", method), []
 
-    @contextlib.contextmanager
-    def stopped():  # the signal comes once training has begun
-        calls = []
-        yield lambda: bool(calls) or calls.append(True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "stopping", stopped)
+    with stopped_once_training():
         for _ in range(2 if method == "rigl" else 4):
             with pytest.raises(Interrupted, match="stopped by a signal; saved at step") as caught:
                 fit(tmp_path / "broken", method)
