@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from supermask_jax import (
+    artifact,
     construction,
     densities,
     dynamic,
@@ -15,6 +16,7 @@ from supermask_jax import (
     parallel,
     saliency,
 )
+from supermask_jax.artifact import load_run, load_subnetwork, save_subnetwork
 from supermask_jax.backend import jit
 from supermask_jax.densities import keep_count
 from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
@@ -51,6 +53,7 @@ __all__ = [
     "ProductFn",
     "Subnet",
     "TrainState",
+    "artifact",
     "bernoulli",
     "construction",
     "densities",
@@ -72,6 +75,8 @@ __all__ = [
     "keep_highest",
     "layer_densities",
     "layerwise_masks",
+    "load_run",
+    "load_subnetwork",
     "lottery",
     "make_train_step",
     "methods",
@@ -82,6 +87,7 @@ __all__ = [
     "random_masks",
     "rescaled",
     "saliency",
+    "save_subnetwork",
     "subnetwork",
     "top_k_mask",
     "zero_scores",

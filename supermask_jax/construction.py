@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supermask_jax.initializers import symmetric_uniform
+from supermask_jax.draws import symmetric_uniform
 from supermask_jax.trees import Tree, by_path, leaf_key, ones_and_sizes
 
 FORMS = ("product", "subset-sum")

@@ -1,27 +1,30 @@
-"""Random weights that a seed regenerates on every machine: drawn from integers, scaled by one host constant.
+"""Random weights that a seed regenerates on every machine: one draw and one scale for each leaf.
 
 Each initializer takes a key and the weights, and draws the chosen leaves anew (by default the kernels); the other
-leaves come back unchanged. A leaf's draw depends only on its path and the key. `jax.random.normal` and
-`uniform(minval, maxval)` are not used: their last bit depends on the machine's code generation.
+leaves come back unchanged. A leaf's draw depends only on its path and the key. `recipe` says what an initializer draws,
+and `redraw` draws it; the numbers themselves come from `supermask_jax.draws`.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from supermask_jax.densities import exact
-from supermask_jax.trees import Tree, Where, is_kernel, leaf_key, map_with_name, per_path, prunable
+from supermask_jax.draws import DRAWS
+from supermask_jax.draws import standard_normal as standard_normal  # public here, too
+from supermask_jax.draws import symmetric_uniform as symmetric_uniform
+from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, per_path, prunable
 
 FanIn = Callable[[str, tuple[int, ...]], int]
 """fan_in(path, shape) -> how many inputs each output of the leaf sums."""
 FanOut = Callable[[str, tuple[int, ...]], int]
 """fan_out(path, shape) -> how many outputs each input of the leaf goes to."""
 Density = float | Mapping[str, float] | None
-Draw = Callable[[jax.Array, tuple[int, ...], np.float32], jax.Array]  # (key, shape, scale)
+Recipe = Mapping[str, tuple[str, np.float32]]
+"""{path: (name of a draw, scale)} of the leaves that are drawn; the names are those of `supermask_jax.draws.DRAWS`."""
 
 ATTENTION_INPUTS, ATTENTION_OUTPUT = ("query", "key", "value"), "out"
 
@@ -103,8 +106,7 @@ def signed_constant(
     Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling). The released code
     scales by sqrt(1 / (1 - density)); that agrees with the paper at 0.5.
     """
-
-    return _redraw(_signed, key, weights, density, where, fan_in)
+    return redraw(key, weights, recipe("signed_constant", weights, density, where, fan_in))
 
 
 def unsigned_constant(
@@ -129,7 +131,7 @@ def unsigned_constant(
 
     Source: the released code of Ramanujan et al. 2020 (unsigned_constant); section 3.1 of the paper (scaling).
     """
-    return _redraw(lambda key, shape, scale: jnp.full(shape, scale), key, weights, density, where, fan_in)
+    return redraw(key, weights, recipe("unsigned_constant", weights, density, where, fan_in))
 
 
 def kaiming_normal(
@@ -154,7 +156,7 @@ def kaiming_normal(
 
     Source: He et al. 2015, equation 10, for ReLU; the scaling by the density, Ramanujan et al. 2020, section 3.1.
     """
-    return _redraw(_normal, key, weights, density, where, fan_in)
+    return redraw(key, weights, recipe("kaiming_normal", weights, density, where, fan_in))
 
 
 def glorot_normal(
@@ -182,11 +184,7 @@ def glorot_normal(
     Source: Glorot and Bengio 2010, equation 12 (the variance). Keras's, which Zhou et al. 2019 draw from, cuts the
     normal's tails off at two deviations and widens the rest to this variance; here the tails stay.
     """
-
-    def fans(path, shape):
-        return fan_in(path, shape) + fan_out(path, shape)
-
-    return _redraw(_normal, key, weights, density, where, fans)
+    return redraw(key, weights, recipe("glorot_normal", weights, density, where, fan_in, fan_out))
 
 
 def kaiming_uniform(
@@ -211,11 +209,7 @@ def kaiming_uniform(
 
     Source: He et al. 2015, equation 10 (the variance), for ReLU.
     """
-
-    def draw(key, shape, scale):
-        return symmetric_uniform(key, shape, float(scale) * math.sqrt(3))
-
-    return _redraw(draw, key, weights, density, where, fan_in)
+    return redraw(key, weights, recipe("kaiming_uniform", weights, density, where, fan_in))
 
 
 def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
@@ -246,65 +240,74 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
     return map_with_name(replace, weights)
 
 
-def symmetric_uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
-    """Returns [shape] float32 from U(-bound, bound): odd multiples of bound / 2**24, the same on every machine."""
-    return _odd_multiples(key, shape, np.float32(bound / 2**24))
+INITIALIZERS: Mapping[str, str] = {
+    "signed_constant": "sign",
+    "unsigned_constant": "full",
+    "kaiming_normal": "normal",
+    "glorot_normal": "normal",
+    "kaiming_uniform": "uniform",
+    "signed_deviation": "sign",
+}
+"""{name of an initializer: what it draws}."""
 
 
-# Compiled, so that a draw costs one compilation per shape and not one per operation.
-
-
-@partial(jax.jit, static_argnums=1)
-def _signed(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Array:
-    return jnp.where(jax.random.bits(key, shape, jnp.uint32) >> 31, scale, -scale)
-
-
-@partial(jax.jit, static_argnums=1)
-def _odd_multiples(key: jax.Array, shape: tuple[int, ...], unit: np.float32) -> jax.Array:
-    odd = ((jax.random.bits(key, shape, jnp.uint32) >> 8) << 1).astype(jnp.int32) + (1 - 2**24)
-    return odd.astype(jnp.float32) * unit  # one rounding: there is no sum for a compiler to fuse it with
-
-
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Array:
-    return jnp.asarray(standard_normal(np.asarray(jax.random.bits(key, shape, jnp.uint32))) * scale)
-
-
-def standard_normal(bits: np.ndarray) -> np.ndarray:
-    """Returns float32 standard normals from uint32 bits, by inverting the distribution function on the host.
+def recipe(
+    name: str,
+    weights: Tree,
+    density: Density = None,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+    fan_out: FanOut = flax_fan_out,
+) -> Recipe:
+    """Returns what an initializer draws: {path: (draw, scale)}. With the key it is all that the weights come from.
 
     Args:
-      bits: uint32 of any shape, uniform.
+      name: of an initializer of this module: "signed_constant".
+      weights: tree whose shapes count. For "signed_deviation", the weights that it made: the scale is their magnitude.
+      density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
+        are then scaled by sqrt(1 / density).
+      where: (path, leaf) -> whether the leaf is drawn.
+      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      fan_out: (path, shape) -> the leaf's fan-out, for "glorot_normal".
 
-    Returns:
-      float32 of that shape. Only +, -, *, / and sqrt of doubles are used, which IEEE 754 rounds alike everywhere;
-      library logarithms differ.
-
-    Source: Wichura 1988, algorithm AS 241 (PPND16), relative accuracy about 1e-16.
+    Raises:
+      ValueError: there is no such initializer, `where` chooses no leaf, or a density is outside (0, 1] or names a path
+        that does not exist.
     """
-    p = (bits.astype(np.float64) + 0.5) / 2.0**32
-    q = p - 0.5
-    central = 0.180625 - q * q
-    tail = np.sqrt(-_log(np.minimum(p, 1.0 - p)))  # below 4.8 for 32 bits: AS 241's far tail is out of reach
-    x = np.where(central >= 0, q * _ratio(CENTRE, central), np.copysign(_ratio(TAIL, tail - 1.6), q))
-    return x.astype(np.float32)
-
-
-def _redraw(draw: Draw, key: jax.Array, weights: Tree, density: Density, where: Where, fan: FanIn) -> Tree:
-    """`weights` with draw(key of the leaf, shape, float32 sqrt(2 / fan / density)) in place of each chosen leaf."""
+    if name not in INITIALIZERS:
+        raise ValueError(f"there is no initializer {name!r}; there are: {', '.join(INITIALIZERS)}")
     shapes = prunable(weights, where)
+    if name == "signed_deviation":
+        leaves = by_path(weights)
+        return {path: ("sign", np.abs(np.asarray(leaves[path], np.float32)).max(initial=0)) for path in shapes}
     densities = per_path(1.0 if density is None else density, shapes)
-    for path, kept in densities.items():
-        if exact(kept) == 0:
+    scales = {}
+    for path, shape in shapes.items():
+        if exact(densities[path]) == 0:
             raise ValueError(f"cannot scale the weights of {path!r} for a density of 0")
-    scales = {
-        path: np.float32(math.sqrt(2.0 / fan(path, shape) / float(densities[path]))) for path, shape in shapes.items()
-    }
-    return map_with_name(
-        lambda path, leaf: (
-            draw(leaf_key(key, path), leaf.shape, scales[path]).astype(leaf.dtype) if path in scales else leaf
-        ),
-        weights,
-    )
+        fan = fan_in(path, shape) + (fan_out(path, shape) if name == "glorot_normal" else 0)
+        scales[path] = np.float32(math.sqrt(2.0 / fan / float(densities[path])))
+        if name == "kaiming_uniform":  # the bound of a uniform variable is sqrt(3) times its deviation
+            scales[path] = np.float32(float(scales[path]) * math.sqrt(3))
+    return {path: (INITIALIZERS[name], scale) for path, scale in scales.items()}
+
+
+def redraw(key: jax.Array, weights: Tree, recipe: Recipe) -> Tree:
+    """Returns `weights` with the leaves of a recipe drawn anew, in their dtypes; the other leaves are unchanged.
+
+    Args:
+      key: a `jax.random.key`; a leaf is drawn with the key of its path. Concrete, where the recipe has a "normal".
+      weights: tree whose shapes and dtypes are kept.
+      recipe: {path: (draw, scale)}; see `recipe`.
+    """
+
+    def draw(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in recipe:
+            return leaf
+        name, scale = recipe[path]
+        return DRAWS[name](leaf_key(key, path), leaf.shape, scale).astype(leaf.dtype)
+
+    return map_with_name(draw, weights)
 
 
 def _attention(path: str, shape: tuple[int, ...]) -> str | None:
@@ -313,67 +316,3 @@ def _attention(path: str, shape: tuple[int, ...]) -> str | None:
     if len(shape) != 3 or not parent:
         return None
     return "in" if parent[0] in ATTENTION_INPUTS else "out" if parent[0] == ATTENTION_OUTPUT else None
-
-
-def _log(x: np.ndarray) -> np.ndarray:
-    """Natural logarithm in basic arithmetic: x = m * 2**e, log m = 2 atanh((m - 1) / (m + 1)) by its series."""
-    mantissa, exponent = np.frexp(x)
-    z = (mantissa * math.sqrt(2.0) - 1.0) / (mantissa * math.sqrt(2.0) + 1.0)
-    series = np.zeros_like(z)
-    for n in range(27, 0, -2):  # |z| < 0.172: the first term left out is below 1e-22
-        series = series * (z * z) + 1.0 / n
-    return 2.0 * z * series + (exponent - 0.5) * math.log(2.0)
-
-
-def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], r: np.ndarray) -> np.ndarray:
-    numerator, denominator = (np.zeros_like(r), np.zeros_like(r))
-    for a, b in zip(*coefficients, strict=True):
-        numerator, denominator = numerator * r + a, denominator * r + b
-    return numerator / denominator
-
-
-# AS 241's coefficients, highest power first: (numerator, denominator).
-CENTRE = (
-    (
-        2509.0809287301227,
-        33430.57558358813,
-        67265.7709270087,
-        45921.95393154987,
-        13731.69376550946,
-        1971.5909503065513,
-        133.14166789178438,
-        3.3871328727963665,
-    ),
-    (
-        5226.495278852854,
-        28729.085735721943,
-        39307.89580009271,
-        21213.794301586597,
-        5394.196021424751,
-        687.1870074920579,
-        42.31333070160091,
-        1.0,
-    ),
-)
-TAIL = (
-    (
-        0.0007745450142783414,
-        0.022723844989269184,
-        0.2417807251774506,
-        1.2704582524523684,
-        3.6478483247632045,
-        5.769497221460691,
-        4.630337846156546,
-        1.4234371107496835,
-    ),
-    (
-        1.0507500716444169e-09,
-        0.0005475938084995345,
-        0.015198666563616457,
-        0.14810397642748008,
-        0.6897673349851,
-        1.6763848301838038,
-        2.053191626637759,
-        1.0,
-    ),
-)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from supermask_jax.densities import keep_count
+from supermask_jax.draws import unit_uniform
 from supermask_jax.threshold import highest, order_key
 from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, per_path, prunable
 
@@ -245,7 +246,7 @@ def random_scores(key: jax.Array, weights: Tree, where: Where = is_kernel) -> Tr
 @partial(jax.jit, static_argnums=1)
 def _uniform(key: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, jax.Array]:
     """{path: float32 from U(0, 1)} for pairs of path and shape, in one compilation instead of one for each shape."""
-    return {path: jax.random.uniform(leaf_key(key, path), shape) for path, shape in shapes}
+    return {path: unit_uniform(leaf_key(key, path), shape) for path, shape in shapes}
 
 
 def top_k_mask(scores: jax.Array, density: float) -> jax.Array:

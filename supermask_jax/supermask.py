@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from supermask_jax.densities import exact
-from supermask_jax.initializers import FanIn, flax_fan_in, symmetric_uniform
+from supermask_jax.draws import symmetric_uniform, unit_uniform
+from supermask_jax.initializers import FanIn, flax_fan_in
 from supermask_jax.selection import layerwise_masks, straight_through
 from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, leaf_key, map_with_name, prunable
 
@@ -109,7 +110,7 @@ def bernoulli() -> MaskFn:
         def draw(path: str, score: jax.Array) -> jax.Array:
             if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
                 raise ValueError(f"the scores of {path!r} hold NaN")
-            uniform = None if key is None else jax.random.uniform(leaf_key(key, path), score.shape, jnp.float32)
+            uniform = None if key is None else unit_uniform(leaf_key(key, path), score.shape)
             return bernoulli_mask(score, uniform)
 
         return map_with_name(draw, scores)

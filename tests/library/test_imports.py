@@ -18,24 +18,30 @@ ALLOWED = {
     "densities": set(),
     "trees": set(),
     "threshold": set(),
-    "selection": {"densities", "threshold", "trees"},
-    "initializers": {"densities", "trees"},
+    "draws": set(),
+    "selection": {"densities", "draws", "threshold", "trees"},
+    "initializers": {"densities", "draws", "trees"},
     "criteria": {"trees"},
     "saliency": {"criteria", "densities", "selection", "trees"},
     "lottery": {"densities", "selection", "trees"},
-    "construction": {"initializers", "trees"},
-    "supermask": {"densities", "initializers", "selection", "trees"},
+    "construction": {"draws", "trees"},
+    "supermask": {"densities", "draws", "initializers", "selection", "trees"},
     "flops": {"trees"},
     "metrics": {"flops", "trees"},
     "train": {"supermask", "trees"},
     "parallel": {"supermask", "train", "trees"},
     "dynamic": {"densities", "selection", "supermask", "train", "trees"},
+    "codes": set(),
+    "container": set(),
+    "header": {"codes", "container", "draws"},
+    "origins": {"codes", "draws", "header", "initializers", "supermask", "trees"},
+    "artifact": {"codes", "container", "header", "methods", "origins", "supermask", "trees"},
     "methods": {
         *("backend", "densities", "dynamic", "initializers", "lottery", "saliency", "selection", "supermask", "train"),
         "trees",
     },
 }
-LIBRARIES = {"jax", "numpy", "optax"}  # flax too, under models/
+LIBRARIES = {"jax", "numpy", "optax", "safetensors"}  # flax too, under models/
 
 
 def imports(file):

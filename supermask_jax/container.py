@@ -1,0 +1,148 @@
+"""Reads and writes the .safetensors file that a network is stored in: arrays by name, and a header of JSON.
+
+Nothing here executes or imports what a file says. `docs/format.md` tells the format.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FORMAT, VERSION, HEADER = "supermask", "1", "header"
+LARGEST_HEADER = 2**26  # bytes of text
+DTYPES = {  # by their name in the file
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> int:
+    """Writes a file atomically; returns its size in bytes.
+
+    Args:
+      path: of the file; an older one is replaced.
+      arrays: {name: array}.
+      header: what JSON can hold.
+
+    Raises:
+      ValueError: the header holds what JSON cannot, or an array has a dtype that is not in `DTYPES`.
+      OSError: the file cannot be written; an older one is then unchanged.
+    """
+    for name, array in arrays.items():
+        if array.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"{name!r} has {array.dtype}, which a file cannot hold; it can: {', '.join(DTYPES.values())}"
+            )
+    try:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the header holds what JSON cannot ({error})") from None
+    whole = {HEADER: np.frombuffer(zlib.compress(text.encode(), 9), np.uint8), **arrays}
+    whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in whole.items()}
+    content = safetensors.numpy.save(whole, {"format": FORMAT, "version": VERSION})
+    path = Path(path)
+    handle, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(new, 0o666 & ~_umask())
+        os.replace(new, path)
+    except BaseException:
+        Path(new).unlink(missing_ok=True)
+        raise
+    return len(content)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
+    """Returns (header, {name: array}, size in bytes) of a file.
+
+    Raises:
+      ValueError: the file is no such file, of another version, or damaged. The message names the file.
+      OSError: the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        stored = safetensors.deserialize(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no whole .safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no supermask network, but other .safetensors data")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {metadata.get('version')!r} of the format, and this library reads {VERSION!r}: "
+            "install a newer supermask-jax"
+        )
+    arrays = {}
+    for name, tensor in stored:
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(f"{path} holds an array of {tensor['dtype']}, which no supermask network has")
+        dtype = jnp.dtype(DTYPES[tensor["dtype"]])
+        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    try:
+        header = json.loads(_inflated(arrays.pop(HEADER)), object_pairs_hook=_unique, parse_constant=_refuse)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+    except (KeyError, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read ({error})") from None
+    return header, arrays, len(content)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of {path: array}: for each path in order, its name, dtype and shape, and its little-endian
+    bytes, first axis outermost."""
+    total = hashlib.sha256()
+    for path in sorted(arrays):
+        array = arrays[path]
+        shape = ",".join(map(str, array.shape))
+        total.update(f"{path}\0{array.dtype.name}\0{shape}\0".encode())
+        total.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B"))
+    return total.hexdigest()
+
+
+def _inflated(packed: np.ndarray) -> bytes:
+    """The text of a header, checked by the checksum of its zlib stream; no more than `LARGEST_HEADER` is unpacked."""
+    reader = zlib.decompressobj()
+    text = reader.decompress(packed.tobytes(), LARGEST_HEADER)
+    if not reader.eof or reader.unused_data:
+        raise ValueError("it is cut, or too long")
+    return text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,270 @@
+"""What the weights in a file come from: a seed, the file itself, or somebody else.
+
+Each origin describes weights as entries of the file's header and arrays (`store`), from which they come back bit for
+bit (`restore`).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supermask_jax import codes
+from supermask_jax.draws import DRAWS, GENERATOR, bits
+from supermask_jax.header import Header
+from supermask_jax.initializers import Density, FanIn, FanOut, flax_fan_in, flax_fan_out, recipe
+from supermask_jax.supermask import Params
+from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key
+
+Leaves = dict[str, np.ndarray]
+REDRAWS = "redraws"  # the name of their array
+Positions = np.ndarray  # flat, of a leaf
+
+
+class Drawn(NamedTuple):
+    """Where frozen weights come from: an initializer and its key.
+
+    Fields:
+      initializer: the name of a function of `initializers`: "signed_constant".
+      key: what the weights were drawn with: a `jax.random.key` of the implementation threefry2x32, or the seed of one.
+      stream: with a seed, the name whose CRC-32 was folded into its key, if one was.
+      density: what the initializer was given to scale by.
+      where: (path, leaf) -> whether the leaf was drawn. The others are stored.
+      fan_in: what the initializer was given.
+      fan_out: what the initializer was given.
+      redraws: how often each weight was drawn anew since, 0 to 255: a tree like the masks, or None. For the n-th time,
+        n was folded into the key of the leaf.
+      partition: {path: (pruned, locked)}: so many positions of a leaf were pruned and kept for good before training, as
+        `partition` chooses them. They take no bits of the file.
+    """
+
+    initializer: str
+    key: jax.Array | int
+    stream: str = ""
+    density: Density = None
+    where: Where = is_kernel
+    fan_in: FanIn = flax_fan_in
+    fan_out: FanOut = flax_fan_out
+    redraws: Tree = None
+    partition: Mapping[str, tuple[int, int]] | None = None
+
+
+class Stored(NamedTuple):
+    """Trained weights, which the file itself holds: those that the masks keep.
+
+    Fields:
+      dtype: what they are stored in. None: their own dtype. "int8": 8 bits, and one float32 scale for each index of the
+        last axis, whose largest magnitude becomes 127.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+
+
+class Base(NamedTuple):
+    """Somebody else's weights: the file holds their hash, and who loads it must have them.
+
+    Fields:
+      source: where they can be had: an address, a name and a version.
+    """
+
+    source: str
+
+
+Origin = Drawn | Stored | Base
+
+
+def arrays_of(tree: Tree) -> Leaves:
+    """Returns {path: NumPy array} of a tree."""
+    return {path: np.asarray(leaf) for path, leaf in by_path(tree).items()}
+
+
+def partition(
+    key: jax.Array, path: str, size: int, pruned: int, locked: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the flat positions of a leaf that are pruned for good, kept for good, and free, as a seed chooses them.
+
+    Args:
+      key: what the weights are drawn with.
+      path: of the leaf.
+      size: of the leaf.
+      pruned: how many positions are pruned.
+      locked: how many are kept.
+
+    Raises:
+      ValueError: there are not so many positions.
+
+    Source: Otsuka et al. (arXiv 2402.14029), for the idea of freezing parts by a seed.
+    """
+    if min(pruned, locked) < 0 or pruned + locked > size:
+        raise ValueError(f"{path!r} has {size} positions: {pruned} cannot be pruned and {locked} locked")
+    drawn = np.asarray(bits(leaf_key(leaf_key(key, "partition"), path), (size,))) >> 9
+    order = np.argsort(drawn, kind="stable")
+    return order[:pruned], order[pruned : pruned + locked], np.sort(order[pruned + locked :])
+
+
+def parts(origin: Header, path: str, size: int, pruned: int, locked: int) -> tuple[Positions, Positions, Positions]:
+    """Returns `partition` for the key of an origin as the header has it."""
+    return partition(_wrapped(origin), path, size, pruned, locked)
+
+
+def store(origin: Origin, weights: Params, kept: Leaves) -> tuple[Header, Leaves, Leaves]:
+    """Returns (header, arrays, the weights as they will be loaded) of weights and what keeps them.
+
+    Args:
+      origin: what they come from.
+      weights: every parameter.
+      kept: {path: bool} where a mask keeps the weight.
+
+    Raises:
+      ValueError: a `Drawn` origin draws other weights; `redraws` that are no whole numbers from 0 to 255.
+    """
+    leaves = arrays_of(weights)
+    entries: Header = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in leaves.items()}
+    arrays: Leaves = {}
+    if isinstance(origin, Base):
+        return {"origin": {"kind": "base", "source": origin.source}, "leaves": entries}, arrays, leaves
+    if isinstance(origin, Stored):
+        for path, leaf in leaves.items():
+            leaves[path] = _store_kept(origin.dtype, path, leaf, kept.get(path), entries[path], arrays)
+        return {"origin": {"kind": "stored"}, "leaves": entries}, arrays, leaves
+    key = _key_of(origin)
+    drawn = recipe(origin.initializer, weights, origin.density, origin.where, origin.fan_in, origin.fan_out)
+    redraws, times = by_path(origin.redraws), b""
+    for path, leaf in leaves.items():
+        if path in drawn:
+            entries[path]["draw"] = [drawn[path][0], float(drawn[path][1])]
+            if path in redraws:
+                kind, planes, payload = codes.encode(np.asarray(redraws[path]))
+                entries[path]["redraws"] = [kind, planes]
+                times += payload
+        elif leaf.size and (leaf == leaf.flat[0]).all() and np.isfinite(float(leaf.flat[0])):
+            entries[path]["fill"] = float(leaf.flat[0])
+        else:
+            arrays[f"weights/{path}"] = leaf
+    if redraws:
+        arrays[REDRAWS] = np.frombuffer(times, np.uint8)
+    header = {"origin": _describe(origin, key), "leaves": entries}
+    for path, again in restore(header, dict(arrays), {}).items():
+        if again.tobytes() != leaves[path].tobytes():
+            raise ValueError(
+                f"{origin.initializer} with this key draws other weights at {path!r} than there are. Give the key, the "
+                "density, the fan-in and the predicate that the weights were drawn with; trained weights are Stored()."
+            )
+    return header, arrays, leaves
+
+
+def restore(header: Header, arrays: Leaves, kept: Leaves) -> Leaves:
+    """Returns the weights that `store` described. Not of a `Base`, whose weights are not in the file.
+
+    Args:
+      header: as `store` made it, with checked entries.
+      arrays: as `store` made them; those that are used are taken out.
+      kept: {path: bool} where a mask keeps the weight.
+
+    Raises:
+      ValueError: arrays that do not fit the header.
+    """
+    weights = {}
+    times = take_stream(arrays, REDRAWS) if REDRAWS in arrays else codes.Stream(b"")
+    for path, entry in header["leaves"].items():
+        shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
+        if "draw" in entry:
+            weights[path] = _draw(header["origin"], path, entry, times)
+        elif "fill" in entry:
+            weights[path] = np.full(shape, entry["fill"], dtype)
+        else:
+            weights[path] = _load_kept(path, shape, dtype, arrays, kept.get(path, np.ones(shape, bool)))
+    times.end()
+    return weights
+
+
+def _key_of(origin: Drawn) -> jax.Array:
+    if isinstance(origin.key, int | np.integer):
+        if not 0 <= origin.key < 2**32:
+            raise ValueError(f"a seed is a whole number in [0, 2**32), got {origin.key}")
+        key = jax.random.key(origin.key, impl=GENERATOR)
+        return leaf_key(key, origin.stream) if origin.stream else key
+    if not jnp.issubdtype(origin.key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(origin.key)) != GENERATOR:
+        raise ValueError(
+            f"the key must be a jax.random.key of {GENERATOR}, the one generator that draws the same everywhere: "
+            f"jax.random.key(seed, impl={GENERATOR!r})"
+        )
+    return origin.key
+
+
+def _describe(origin: Drawn, key: jax.Array) -> Header:
+    described: Header = {
+        "kind": "drawn",
+        "initializer": origin.initializer,
+        "generator": GENERATOR,
+        "key": [int(word) for word in jax.random.key_data(key)],
+    }
+    if isinstance(origin.key, int | np.integer):
+        described |= {"seed": int(origin.key), "stream": origin.stream}
+    if origin.density is not None and not isinstance(origin.density, Mapping):
+        described["density"] = float(origin.density)
+    described["fan_in"] = getattr(origin.fan_in, "__name__", "")
+    return described
+
+
+def _wrapped(origin: Header) -> jax.Array:
+    return jax.random.wrap_key_data(jnp.array(origin["key"], jnp.uint32), impl=GENERATOR)
+
+
+def _draw(origin: Header, path: str, entry: Header, stream: codes.Stream) -> np.ndarray:
+    leaf = leaf_key(_wrapped(origin), path)
+    name, scale = entry["draw"]
+    shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
+
+    def drawn(key: jax.Array) -> np.ndarray:
+        return np.asarray(DRAWS[name](key, shape, np.float32(scale)).astype(dtype))
+
+    weights = drawn(leaf)
+    if "redraws" in entry:
+        kind, planes = entry["redraws"]
+        times = codes.decode(kind, planes, stream.take(planes), shape)
+        for n in range(1, int(times.max(initial=0)) + 1):
+            weights = np.where(times == n, drawn(jax.random.fold_in(leaf, n)), weights)
+    return weights
+
+
+def _store_kept(
+    dtype: str | None, path: str, leaf: np.ndarray, kept: np.ndarray | None, entry: Header, arrays: Leaves
+) -> np.ndarray:
+    """Adds the kept weights of a leaf to the arrays; returns the leaf as it will be loaded."""
+    if kept is None:  # biases and the like: few, and kept whole
+        arrays[f"weights/{path}"] = leaf
+        return leaf
+    if dtype == "int8":
+        largest = np.abs(np.where(kept, leaf, 0)).reshape(-1, leaf.shape[-1]).max(axis=0, initial=0)
+        scale = (largest / 127).astype(np.float32)
+        quotient = np.divide(leaf.astype(np.float32), scale, out=np.zeros(leaf.shape, np.float32), where=scale > 0)
+        arrays[f"scales/{path}"] = scale
+        arrays[f"weights/{path}"] = np.clip(np.rint(quotient), -127, 127).astype(np.int8)[kept]
+    else:
+        arrays[f"weights/{path}"] = leaf[kept].astype(leaf.dtype if dtype is None else jnp.dtype(dtype))
+    return _load_kept(path, leaf.shape, leaf.dtype, dict(arrays), kept)
+
+
+def _load_kept(path: str, shape: tuple[int, ...], dtype: Any, arrays: Leaves, kept: np.ndarray) -> np.ndarray:
+    values = arrays.pop(f"weights/{path}", None)
+    if values is None or values.size != np.count_nonzero(kept):
+        raise ValueError(f"{np.count_nonzero(kept)} weights of {path!r} are kept, and other numbers stored")
+    values = values.ravel()
+    if values.dtype == np.int8:
+        scale = arrays.pop(f"scales/{path}", None)
+        if scale is None or scale.shape != shape[-1:] or scale.dtype != np.float32:
+            raise ValueError(f"the scales of {path!r} are missing, or not one for each of its last axis")
+        values = values * np.broadcast_to(scale, shape)[kept]
+    whole = np.zeros(shape, dtype)
+    whole[kept] = values.astype(dtype)
+    return whole
+
+
+def take_stream(arrays: Leaves, name: str) -> codes.Stream:
+    """Returns the bytes of an array of uint8, which is taken out of `arrays`; ValueError if it is missing."""
+    if name not in arrays or arrays[name].dtype != np.uint8:
+        raise ValueError(f"the bytes of {name!r} are missing")
+    return codes.Stream(arrays.pop(name).tobytes())
