@@ -30,6 +30,8 @@ class Run:
     """Passes over the training images."""
     seed: int = 0
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
+    evaluate: str | None = None
+    """Train nothing: evaluate the network in this subnetwork.safetensors, of an earlier run, on the test images."""
     masks: Masks = Masks()
     model: Model = Model()
     init: Init = Init()

@@ -88,3 +88,6 @@ def show_summary(summary: dict, path) -> None:
     if len(summary["layers"]) > MAX_LAYERS_SHOWN:
         table.add_row("...", f"and {len(summary['layers']) - MAX_LAYERS_SHOWN} more layers, in summary.json")
     console.print(table)
+    if "file_bytes" in summary:  # a run of an earlier version left no such file
+        size, dense = summary["file_bytes"], summary["dense_bytes"]
+        say(f"the network is {size:,} bytes on disk (subnetwork.safetensors); all its weights in float32: {dense:,}")

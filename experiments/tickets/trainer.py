@@ -23,14 +23,14 @@ from experiments.run.files import read_arrays, read_json, write_arrays, write_js
 from experiments.run.interrupt import Interrupted
 from experiments.run.placement import Placement
 from experiments.run.workdir import Workdir
-from experiments.training import stepper
+from experiments.training import stepper, stored
 from experiments.training.evaluation import Evaluator, Split
 from experiments.training.events import saving, stop_if_not_finite
 from experiments.training.loop import Batch, Event, at, train
 from experiments.training.loss import make_loss
 from experiments.training.network import Network, network
 from experiments.training.optimizer import make_optimizer, make_schedule
-from supermask_jax import lottery
+from supermask_jax import artifact, lottery
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
@@ -92,6 +92,7 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self._config, self._workdir, self._report, self._stop_requested = config, workdir, report, stop_requested
+        self._about = stored.describe(config.model, dataset) | {"method": "lottery", "seed": config.seed}
         self.network: Network = network(config.model, config.init, dataset.classes, dataset.image_shape)
         rest, held_out = hold_out(dataset, config.data.validation)
         self._splits = Split("validation", held_out), Split("test", dataset.test)
@@ -132,12 +133,18 @@ class Trainer:
             if not candidate.is_control:
                 masks = {f"masks/{path}": np.asarray(mask, bool) for path, mask in by_path(candidate.masks).items()}
                 write_arrays(arrays, _stored(drawn) | masks)
+                self._save_artifact(folder / f"{candidate.name}.safetensors", drawn, candidate.masks)
             write_json(report, record)  # last: it marks the network as finished
             if self._stop_requested():
                 raise Interrupted(f"stopped by a signal, after {candidate.name} was finished in {self._workdir.path}.")
         shutil.rmtree(checkpoints, ignore_errors=True)
         record = read_json(report)
         return Trained(record, None if candidate.is_control else _restored(candidate.start, read_arrays(arrays)))
+
+    def _save_artifact(self, file: Path, drawn: Snapshot, masks: Tree) -> None:
+        about = self._about | {"test_accuracy": self.evaluate(drawn, masks)["test_accuracy"]}
+        subnet = self._subnet(drawn.weights, masks)
+        sm.save_subnetwork(file, subnet, artifact.Stored(), model_state=drawn.model_state, about=about)
 
     def _train(self, candidate: Candidate, checkpoint_dir: Path) -> tuple[dict, Snapshot]:
         config, first = self._config.tickets, candidate.first_step

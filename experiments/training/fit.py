@@ -24,7 +24,7 @@ from experiments.run.interrupt import Interrupted, stopping
 from experiments.run.names import Settings, default_path
 from experiments.run.placement import Placement
 from experiments.run.workdir import Workdir
-from experiments.training import stepper, summary
+from experiments.training import stepper, stored, summary
 from experiments.training.evaluation import Split, noise_like
 from experiments.training.events import saving, stop_if_not_finite
 from experiments.training.images import open_data, require_same_images, splits
@@ -52,9 +52,11 @@ def run(config: Run, experiment: str) -> dict:
       experiment: the command's name, for the default work directory.
 
     Raises:
-      UserError: as `fit`; and the data are missing or damaged.
+      UserError: as `fit` and, with `evaluate`, as `stored.evaluate`; and the data are missing or damaged.
     """
     machine = config.machine
+    if config.evaluate:
+        return stored.evaluate(config)
     processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
     processes.require_same_settings(flat(config))
     dataset = processes.in_turn(partial(open_data, config.data))
@@ -223,13 +225,15 @@ class _Job:
         _, params = parts.evaluator.masked(state.subnet)
         figures = self.last_figures() or parts.evaluator.figures(params, state.model_state, test)
         figures |= parts.evaluator.sampled_figures(state.subnet, state.model_state, test, parts.sample_keys)
-        subnet, masks = parts.placement.whole((state.subnet, progress.masks))
+        subnet, masks, model_state = parts.placement.whole((state.subnet, progress.masks, state.model_state))
         figures |= summary.sizes(parts.network, *parts.initial, masks)
         if parts.config.evaluation.assess:
             others = {"noise": noise_like(parts.dataset, parts.config.seed)}
             others |= {self.ood.name: self.ood.test} if self.ood else {}
             figures |= parts.evaluator.assess(params, state.model_state, test, others)
             figures["gradient_flow"] = [record["gradient_flow"] for record in self.workdir.records()]  # from epoch 0 on
+        if processes.is_first():
+            figures |= stored.save(parts, self.workdir.path, subnet, model_state, figures)
         result = self.summary(figures, progress.seconds)
 
         def draw():

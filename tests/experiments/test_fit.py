@@ -193,7 +193,9 @@ def test_a_streamed_run_has_the_files_of_one_in_memory(tmp_path, monkeypatch):
         workdir = tmp_path / f"stream-{stream}"
         config = small(workdir, "random", assess=True)
         dataset = folder(tmp_path / "pictures", stream=stream)
-        runs[stream] = without_times(fit(changed(config, dataset="folder", stream=stream), dataset)), records(workdir)
+        summary = without_times(fit(changed(config, dataset="folder", stream=stream), dataset))
+        del summary["file_bytes"]  # the file names the images by a hash, and packs its header
+        runs[stream] = summary, records(workdir)
     assert runs[True] == runs[False]
     assert used and set(used[: len(used) // 2]) == {OnDevice} and set(used[len(used) // 2 :]) == {Streamed}
 

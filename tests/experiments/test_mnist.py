@@ -53,7 +53,8 @@ def test_it_finds_a_supermask_and_leaves_its_files(tmp_path, capsys, monkeypatch
     assert status == 0, err
     assert "mnist-5k" in out and "epoch   2/2" in out
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files == {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints"} | PICTURES
+    own = {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints", "subnetwork.safetensors"}
+    assert files == own | PICTURES
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["method"], summary["dataset"], summary["steps"]) == ("edge-popup", "mnist-5k", 2 * 32)
     assert summary["layers"]["Dense_0/kernel"] == {"size": 25088, "kept": 7527, "density": 7527 / 25088}
@@ -67,7 +68,8 @@ def test_without_network_and_data_it_says_so_and_finds_a_supermask_on_mnist_5k(t
     assert "WARNING" in done.stderr and "mnist-5k" in done.stderr
     assert "mnist-5k" in done.stdout and "epoch   2/2" in done.stdout
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files == {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints"} | PICTURES
+    own = {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints", "subnetwork.safetensors"}
+    assert files == own | PICTURES
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     keys = "method dataset density test_accuracy best_test_accuracy test_loss epochs steps train_seconds"

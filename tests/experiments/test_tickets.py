@@ -256,6 +256,11 @@ def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
     files = {file.stem for file in (tmp_path / "run/networks").glob("*.npz")}
     assert files == {"trial0-round0-ticket", "trial0-round1-ticket"}  # no weights of controls
     arrays = read_arrays(tmp_path / "run/networks/trial0-round1-ticket.npz")
+    weights, loaded, _, about = sm.load_subnetwork(tmp_path / "run/networks/trial0-round1-ticket.safetensors")
+    for path, mask in by_path(loaded).items():
+        np.testing.assert_array_equal(mask, arrays[f"masks/{path}"])
+        np.testing.assert_array_equal(by_path(weights)[path], arrays[f"weights/{path}"] * arrays[f"masks/{path}"])
+    assert about["model"] == "lenet-300-100" and 0 < about["test_accuracy"] <= 1
     masks = {path: mask for path, mask in arrays.items() if path.startswith("masks/")}
     assert {path: (mask.dtype, mask.sum()) for path, mask in masks.items()} == {
         f"masks/Dense_{i}/kernel": (bool, sm.keep_count(rate, size))
