@@ -18,6 +18,7 @@ from supermask_jax import (
 )
 from supermask_jax.artifact import load_run, load_subnetwork, save_subnetwork
 from supermask_jax.backend import jit
+from supermask_jax.compaction import compact
 from supermask_jax.densities import keep_count
 from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
 from supermask_jax.methods import Method
@@ -39,6 +40,7 @@ from supermask_jax.supermask import (
     init_scores,
     rescaled,
     subnetwork,
+    threshold,
     zero_scores,
 )
 from supermask_jax.train import TrainState, init_state, make_train_step
@@ -55,6 +57,7 @@ __all__ = [
     "TrainState",
     "artifact",
     "bernoulli",
+    "compact",
     "construction",
     "densities",
     "density",
@@ -89,6 +92,7 @@ __all__ = [
     "saliency",
     "save_subnetwork",
     "subnetwork",
+    "threshold",
     "top_k_mask",
     "zero_scores",
 ]

@@ -6,7 +6,6 @@ of masks on somebody else's network the hash of its weights.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supermask_jax import codes, container, origins
-from supermask_jax.header import Header, check, memory
+from supermask_jax import codes, container, contents, origins
+from supermask_jax.contents import Contents
+from supermask_jax.header import Header, check
 from supermask_jax.methods import Method
 from supermask_jax.origins import Base, Drawn, Leaves, Origin, Stored, arrays_of, partition
 from supermask_jax.supermask import Masks, Params, Subnet
@@ -25,7 +25,6 @@ from supermask_jax.trees import Tree, by_path, map_with_name
 __all__ = ["Base", "Drawn", "Stored", "Subnetwork", "load_run", "load_subnetwork", "partition", "save_subnetwork"]
 
 ONLY = "default"  # the name of masks that were saved without one
-SMALLEST_BOUND, BOUND = 2**24, 4096  # bytes, and times the size of the file
 FILE, SETTINGS = "subnetwork.safetensors", "config.json"  # in the directory of a run
 
 
@@ -82,9 +81,12 @@ def save_subnetwork(
     if not isinstance(origin, Origin):
         raise TypeError(f"origin must be artifact.Drawn, Stored or Base, got {type(origin).__name__}")
     weights = _subnet(next(iter(many.values()))).weights
+    for name, leaf in arrays_of(weights).items():
+        if leaf.dtype.name not in container.DTYPES.values():
+            raise ValueError(f"{name!r} has {leaf.dtype} numbers; a file holds {', '.join(container.DTYPES.values())}")
     for name, one in many.items():
-        if not name or "/" in name:
-            raise ValueError(f"masks cannot have the name {name!r}: it must not be empty, nor contain a slash")
+        if not name or "/" in name or (name == ONLY and many is subnet_or_method):
+            raise ValueError(f"masks cannot have the name {name!r}: not an empty one, nor {ONLY!r}, nor with a slash")
         if container.digest(arrays_of(_subnet(one).weights)) != container.digest(arrays_of(weights)):
             raise ValueError(f"the weights under {name!r} are not those of the first masks: a file holds one origin")
     masks = {name: _masks(one) for name, one in many.items()}
@@ -98,8 +100,14 @@ def save_subnetwork(
     state = None if model_state is None else arrays_of(model_state)
     header["state"] = state is not None
     arrays |= {f"state/{path}": leaf for path, leaf in (state or {}).items()}
-    header["sha256"] = _hashes(loaded, values, state)
-    return container.write(path, arrays, header | {"about": dict(about)})
+    header["sha256"] = {
+        "weights": container.digest(loaded),
+        "masks": {name: contents.masks_digest(leaves, header["masks"][name]) for name, leaves in values.items()},
+        "state": None if state is None else container.digest(state),
+    }
+    header["about"] = dict(about)
+    check(header)  # what is written can be read
+    return container.write(path, arrays, header)
 
 
 def load_subnetwork(
@@ -131,16 +139,9 @@ def load_subnetwork(
         `state_like` is missing or does not fit.
       OSError: the file cannot be read.
     """
-    header, arrays, size = container.read(path)
+    held = contents.read(path, max_bytes=max_bytes)
     try:
-        check(header)
-        bound = max(SMALLEST_BOUND, BOUND * size) if max_bytes is None else max_bytes
-        if (needed := memory(header)) > bound:
-            raise ValueError(
-                f"its network takes {needed} bytes, more than the bound of {bound} for a file of {size}. If you trust "
-                f"the file, say max_bytes={needed}"
-            )
-        return _restore(header, arrays, base, like, state_like)
+        return _restore(held, base, like, state_like)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -169,34 +170,45 @@ def _subnet(one: Subnet | Method) -> Subnet:
     return one.subnet if isinstance(one, Method) else one
 
 
-def _masks(one: Subnet | Method) -> dict[str, tuple[np.ndarray, np.float32 | None]]:
+def _masks(one: Subnet | Method) -> dict[str, tuple[np.ndarray, float | None]]:
     """{path: (whole numbers, what they are multiplied by)} of every mask."""
     subnet = _subnet(one)
-    weights, masks = by_path(subnet.weights), subnet.scores
+    weights, tree = by_path(subnet.weights), subnet.scores
     product: Leaves = {}
     if isinstance(one, Method):
-        masks = one.mask_fn(subnet.scores, None)
+        tree = one.mask_fn(subnet.scores, None)
         product = arrays_of(one.product(subnet, None)) if one.product else {}
-    found = {}
-    for path, mask in arrays_of(masks).items():
+    masks = arrays_of(tree)
+    found: dict[str, tuple[np.ndarray, float | None]] = {}
+    for path, mask in masks.items():
         if path not in weights or mask.shape != jnp.shape(weights[path]):
             raise ValueError(f"the mask of {path!r} has shape {mask.shape}, and no weight has this path and shape")
-        whole = mask.astype(np.int8 if (mask < 0).any() else np.uint8)
-        if not np.array_equal(whole, mask):
+        with np.errstate(invalid="ignore"):  # NaN, which is refused
+            whole = mask.astype(np.int8 if (mask < 0).any() else np.uint8)
+        low, high = int(whole.min(initial=0)), int(whole.max(initial=0))
+        if not np.array_equal(whole, mask) or low < -1 or (low < 0 and high > 1):
             raise ValueError(
-                f"the mask of {path!r} holds other values than whole numbers from -1 to 255. Are they scores? Give the "
-                "Method that makes masks of them, or Subnet(weights, masks)."
+                f"the mask of {path!r} holds other values than 0 and 1, or -1, 0 and 1, or whole numbers from 0 to "
+                "255. Are they scores? Give the Method that makes masks of them, or Subnet(weights, masks)."
             )
-        gain = None
-        if path in product:
-            weight, ones = np.asarray(weights[path]), int(np.count_nonzero(whole))
-            factors: tuple[Any, ...] = (None, np.float32(mask.size) / np.float32(max(ones, 1)))
-            fits = [f for f in factors if np.array_equal(product[path], weight * (mask if f is None else mask * f))]
-            if not fits:
-                raise ValueError(f"the method's product at {path!r} is not its weights * its masks * one factor")
-            gain = fits[0]
-        found[path] = whole, gain
+        found[path] = whole, None
+    for path, result in product.items():
+        weight = np.asarray(weights[path])
+        gains: list[float | None] = [None]
+        if path in found and (ones := np.count_nonzero(found[path][0])):
+            gains.append(float((np.float32(weight.size) / np.float32(ones)).astype(masks[path].dtype)))
+        whole = found[path][0] if path in found else np.ones((), np.uint8)
+        fits = [gain for gain in gains if np.array_equal(result, weight * _times(whole, gain, weight.dtype))]
+        if not fits:
+            raise ValueError(f"the method's product at {path!r} is not its weights * its masks * one factor")
+        if path in found:
+            found[path] = whole, fits[0]
     return found
+
+
+def _times(values: np.ndarray, gain: float | None, dtype: Any) -> np.ndarray:
+    """What weights of a dtype are multiplied by."""
+    return values.astype(dtype) if gain is None else values.astype(dtype) * np.float32(gain).astype(dtype)
 
 
 def _kept(values: Mapping[str, Leaves]) -> Leaves:
@@ -209,13 +221,13 @@ def _kept(values: Mapping[str, Leaves]) -> Leaves:
 
 
 def _encode(
-    header: Header, path: str, values: np.ndarray, gain: np.float32 | None, origin: Origin
+    header: Header, path: str, values: np.ndarray, gain: float | None, origin: Origin
 ) -> tuple[dict[str, Any], bytes]:
     """The entry of a mask in the header, and its bytes."""
-    entry: dict[str, Any] = {} if gain is None else {"gain": float(gain)}
+    entry: dict[str, Any] = {} if gain is None else {"gain": gain}
     parted = origin.partition if isinstance(origin, Drawn) and origin.partition else {}
     if path in parted:
-        entry["partition"] = list(parted[path])
+        entry["partition"] = [int(count) for count in parted[path]]
         pruned, locked, free = origins.parts(header["origin"], path, values.size, *parted[path])
         flat = values.ravel()
         if (flat[pruned] != 0).any() or (flat[locked] != 1).any():
@@ -225,52 +237,26 @@ def _encode(
     return entry | {"kind": kind, "planes": planes}, payload
 
 
-def _decode(header: Header, name: str, stream: codes.Stream) -> Leaves:
-    """{path: whole numbers} of the masks of one name."""
-    masks: Leaves = {}
-    for path, entry in header["masks"][name].items():
-        shape, planes = tuple(header["leaves"][path]["shape"]), entry["planes"]
-        if "partition" not in entry:
-            masks[path] = codes.decode(entry["kind"], planes, stream.take(planes), shape)
-            continue
-        _, locked, free = origins.parts(header["origin"], path, math.prod(shape), *entry["partition"])
-        values = codes.decode(entry["kind"], planes, stream.take(planes), free.shape)
-        flat = np.zeros(math.prod(shape), values.dtype)
-        flat[locked], flat[free] = 1, values
-        masks[path] = flat.reshape(shape)
-    stream.end()
-    return masks
-
-
-def _hashes(weights: Leaves, masks: Mapping[str, Leaves], state: Leaves | None) -> dict[str, Any]:
-    return {
-        "weights": container.digest(weights),
-        "masks": {name: container.digest(leaves) for name, leaves in masks.items()},
-        "state": container.digest(state or {}),
-    }
-
-
-def _restore(header: Header, arrays: Leaves, base: Params, like: Params, state_like: Tree) -> Subnetwork:
+def _restore(held: Contents, base: Params, like: Params, state_like: Tree) -> Subnetwork:
+    header, masks, state, arrays, _ = held
     origin, entries = header["origin"], header["masks"]
-    masks = {name: _decode(header, name, origins.take_stream(arrays, f"masks/{name}")) for name in entries}
     if origin["kind"] != "base":
         weights = origins.restore(header, arrays, _kept(masks))
     elif base is not None:
         weights = arrays_of(base)
     else:
         raise ValueError(f"it holds masks on weights from {origin['source']!r}: give them as base=...")
-    state = {path.removeprefix("state/"): arrays.pop(path) for path in list(arrays) if path.startswith("state/")}
-    if arrays or (state and not header["state"]):
-        raise ValueError(f"it holds arrays that its header does not name: {', '.join([*arrays, *state][:5])}")
-    for what, now in _hashes(weights, masks, state).items():
-        if now != header["sha256"][what]:
-            wrong = "the base weights" if what == "weights" and origin["kind"] == "base" else f"its {what}"
-            raise ValueError(f"{wrong} are not those that it was saved with: their hash differs")
+    if arrays:
+        raise ValueError(f"it holds arrays that its header does not name: {', '.join([*arrays][:5])}")
+    if container.digest(weights) != header["sha256"]["weights"]:
+        wrong = "the base weights" if origin["kind"] == "base" else "its weights"
+        raise ValueError(f"{wrong} are not those that it was saved with: their hash differs")
 
     def tree(name: str) -> Masks:
         found = masks[name]
         gains = {path: entry.get("gain") for path, entry in entries[name].items()}
-        return _tree({p: _mask(found[p], w.dtype, gains[p]) if p in found else None for p, w in weights.items()}, like)
+        leaves = {p: _times(found[p], gains[p], leaf.dtype) if p in found else None for p, leaf in weights.items()}
+        return _tree({p: None if leaf is None else _array(leaf) for p, leaf in leaves.items()}, like)
 
     return Subnetwork(
         _tree({path: _array(leaf) for path, leaf in weights.items()}, like),
@@ -278,11 +264,6 @@ def _restore(header: Header, arrays: Leaves, base: Params, like: Params, state_l
         _tree({path: _array(leaf) for path, leaf in state.items()}, state_like) if header["state"] else None,
         header["about"],
     )
-
-
-def _mask(values: np.ndarray, dtype: Any, gain: float | None) -> jax.Array:
-    mask = jnp.asarray(values.astype(dtype))
-    return mask if gain is None else mask * jnp.asarray(np.float32(gain).astype(dtype))
 
 
 def _array(leaf: np.ndarray) -> jax.Array:

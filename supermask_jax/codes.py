@@ -33,7 +33,8 @@ def encode(values: np.ndarray) -> tuple[str, list[Code], bytes]:
       ValueError: other values.
     """
     values = np.asarray(values)
-    whole = values.astype(np.int16)
+    with np.errstate(invalid="ignore"):  # NaN, which is refused below
+        whole = values.astype(np.int16)
     low, high = (int(whole.min()), int(whole.max())) if whole.size else (0, 0)
     if not np.array_equal(whole, values) or low < -1 or high > MOST_PLANES or (low < 0 and high > 1):
         raise ValueError("values must be 0 and 1, or -1, 0 and 1, or whole numbers from 0 to 255")
@@ -132,14 +133,15 @@ def _decode_plane(code: Code, payload: bytes, size: int) -> np.ndarray:
 
 
 def _read_bits(payload: np.ndarray, size: int, row: int) -> np.ndarray:
-    if row < 1 or size % row or payload.size != size // row * -(-row // 8):
+    if row < 1 or size % row or row > max(size, 1) or payload.size != size // row * -(-row // 8):
         raise ValueError(f"{payload.size} bytes are not {size} bits in rows of {row}")
-    return np.unpackbits(payload.reshape(size // row, -1), axis=-1, count=row, bitorder="little").ravel().view(bool)
+    rows = payload.reshape(size // row, -(-row // 8))
+    return np.unpackbits(rows, axis=-1, count=row, bitorder="little").ravel().view(bool)
 
 
 def _read_gaps(payload: np.ndarray, size: int, of: int, count: int, k: int) -> np.ndarray:
     bits = np.unpackbits(payload, bitorder="little")
-    if of > 1 or k > 32 or count * (k + 1) > bits.size:
+    if of > 1 or k > 32 or count * (k + 1) > bits.size or bits.size << k >= 2**62:  # no place overflows
         raise ValueError(f"{payload.size} bytes do not hold {count} gaps of {k} low bits")
     low = bits[: count * k].reshape(count, k) @ (1 << np.arange(k))
     ends = np.flatnonzero(bits[count * k :])

@@ -18,7 +18,8 @@ import safetensors
 import safetensors.numpy
 
 FORMAT, VERSION, HEADER = "supermask", "1", "header"
-LARGEST_HEADER = 2**26  # bytes of text
+METADATA = (("format", FORMAT), ("version", VERSION))
+LARGEST_HEADER = 2**22  # bytes of text; parsed, JSON can take some 25 times as much
 DTYPES = {  # by their name in the file
     "F64": "float64",
     "F32": "float32",
@@ -45,7 +46,8 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
       header: what JSON can hold.
 
     Raises:
-      ValueError: the header holds what JSON cannot, or an array has a dtype that is not in `DTYPES`.
+      ValueError: the header holds what JSON cannot, or more than `LARGEST_HEADER`; an array has a dtype that is not in
+        `DTYPES`.
       OSError: the file cannot be written; an older one is then unchanged.
     """
     for name, array in arrays.items():
@@ -54,12 +56,18 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
                 f"{name!r} has {array.dtype}, which a file cannot hold; it can: {', '.join(DTYPES.values())}"
             )
     try:
-        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+        _parsed(text)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the header holds what JSON cannot ({error})") from None
-    whole = {HEADER: np.frombuffer(zlib.compress(text.encode(), 9), np.uint8), **arrays}
+    if len(text) > LARGEST_HEADER:
+        raise ValueError(f"the header takes {len(text)} bytes of text, more than {LARGEST_HEADER}: shorten `about`")
+    whole = {HEADER: np.frombuffer(zlib.compress(text, 9), np.uint8), **arrays}
     whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in whole.items()}
-    content = safetensors.numpy.save(whole, {"format": FORMAT, "version": VERSION})
+    content = safetensors.numpy.save(whole, dict(METADATA))
+    # Its metadata come in either order; the same network is the same file.
+    right, wrong = (json.dumps(dict(order), separators=(",", ":")).encode() for order in (METADATA, METADATA[::-1]))
+    content = content.replace(wrong, right, 1)
     path = Path(path)
     handle, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -96,14 +104,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
             f"{path} has version {metadata.get('version')!r} of the format, and this library reads {VERSION!r}: "
             "install a newer supermask-jax"
         )
-    arrays = {}
-    for name, tensor in stored:
-        if tensor["dtype"] not in DTYPES:
-            raise ValueError(f"{path} holds an array of {tensor['dtype']}, which no supermask network has")
-        dtype = jnp.dtype(DTYPES[tensor["dtype"]])
-        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
     try:
-        header = json.loads(_inflated(arrays.pop(HEADER)), object_pairs_hook=_unique, parse_constant=_refuse)
+        arrays = {name: _array(**tensor) for name, tensor in stored}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: an array cannot be read ({error})") from None
+    try:
+        header = _parsed(_inflated(arrays.pop(HEADER)))
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
     except (KeyError, zlib.error, ValueError, RecursionError) as error:
@@ -119,8 +125,18 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[path]
         shape = ",".join(map(str, array.shape))
         total.update(f"{path}\0{array.dtype.name}\0{shape}\0".encode())
-        total.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B"))
+        total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return total.hexdigest()
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise ValueError(f"no supermask network has numbers of {dtype}")
+    return np.frombuffer(data, jnp.dtype(DTYPES[dtype])).reshape(shape)
+
+
+def _parsed(text: bytes) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def _inflated(packed: np.ndarray) -> bytes:

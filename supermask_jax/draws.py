@@ -30,7 +30,8 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns [shape] uniform uint32.
 
     Args:
-      key: a `jax.random.key`, or its data; of a key with more than two words, the first two count.
+      key: a `jax.random.key`, or its data; of a key with more than two words, the first two count. Data of [2, *shape]
+        is a key for each element.
       shape: of fewer than 2**32 elements.
 
     Raises:

@@ -122,6 +122,36 @@ def bernoulli(weights: Params, *, rescale: bool = False, where: Where = is_kerne
     return Method("scores", mask_fn, subnet, product, sampled=True)
 
 
+def threshold(
+    key: Key,
+    weights: Params,
+    t: float = 0.0,
+    *,
+    where: Where = is_kernel,
+    fan_in: FanIn = flax_fan_in,
+) -> Method:
+    """Threshold masks: scores learn, weights are frozen, and each weight is kept while its score is above a threshold.
+
+    Args:
+      key: a `jax.random.key`, not the one that the weights were drawn with. The scores are drawn from it.
+      weights: every parameter of the network; they never change.
+      t: the threshold, finite.
+      where: (path, leaf) -> whether the leaf is prunable.
+      fan_in: (path, shape) -> the leaf's fan-in; scores start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+    Returns:
+      A method that learns "scores". How many weights are kept is an outcome.
+
+    Raises:
+      ValueError: `where` chooses no leaf, or the threshold is not finite.
+      TypeError: `where` chooses a leaf that is not of floats.
+
+    Source: Wortsman et al. 2020, "Supermasks in superposition"; Mallya et al. 2018.
+    """
+    scores = supermask.init_scores(key, weights, where, fan_in)
+    return Method("scores", supermask.threshold(t), Subnet(weights, scores))
+
+
 def dense(weights: Params) -> Method:
     """Dense training: every weight learns, and nothing is pruned (every score is None).
 

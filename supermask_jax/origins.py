@@ -20,6 +20,8 @@ from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key
 
 Leaves = dict[str, np.ndarray]
 REDRAWS = "redraws"  # the name of their array
+LEVELS = {"int8": 127, "int4": 7}  # the largest number of each
+NARROW = ("float32", "bfloat16", "float16", *LEVELS)  # what trained weights can be stored in
 Positions = np.ndarray  # flat, of a leaf
 
 
@@ -28,14 +30,15 @@ class Drawn(NamedTuple):
 
     Fields:
       initializer: the name of a function of `initializers`: "signed_constant".
-      key: what the weights were drawn with: a `jax.random.key` of the implementation threefry2x32, or the seed of one.
+      key: what the weights were drawn with: a `jax.random.key` of the implementation threefry2x32 or rbg, which draw
+        the same here, or the seed of one.
       stream: with a seed, the name whose CRC-32 was folded into its key, if one was.
       density: what the initializer was given to scale by.
       where: (path, leaf) -> whether the leaf was drawn. The others are stored.
       fan_in: what the initializer was given.
       fan_out: what the initializer was given.
       redraws: how often each weight was drawn anew since, 0 to 255: a tree like the masks, or None. For the n-th time,
-        n was folded into the key of the leaf.
+        n was folded into the key of the leaf. Only drawn leaves can have them.
       partition: {path: (pruned, locked)}: so many positions of a leaf were pruned and kept for good before training, as
         `partition` chooses them. They take no bits of the file.
     """
@@ -55,11 +58,11 @@ class Stored(NamedTuple):
     """Trained weights, which the file itself holds: those that the masks keep.
 
     Fields:
-      dtype: what they are stored in. None: their own dtype. "int8": 8 bits, and one float32 scale for each index of the
-        last axis, whose largest magnitude becomes 127.
+      dtype: what they are stored in. None: their own dtype. "int8" or "int4": whole numbers of 8 or 4 bits, and one
+        float32 scale for each index of the last axis, where the largest magnitude becomes 127 or 7.
     """
 
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
 
 
 class Base(NamedTuple):
@@ -118,7 +121,8 @@ def store(origin: Origin, weights: Params, kept: Leaves) -> tuple[Header, Leaves
       kept: {path: bool} where a mask keeps the weight.
 
     Raises:
-      ValueError: a `Drawn` origin draws other weights; `redraws` that are no whole numbers from 0 to 255.
+      ValueError: a `Drawn` origin draws other weights; `redraws` that are no whole numbers from 0 to 255, or of leaves
+        that are not drawn; a `partition` of leaves without a mask; a `Stored` dtype that cannot hold the weights.
     """
     leaves = arrays_of(weights)
     entries: Header = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in leaves.items()}
@@ -126,21 +130,28 @@ def store(origin: Origin, weights: Params, kept: Leaves) -> tuple[Header, Leaves
     if isinstance(origin, Base):
         return {"origin": {"kind": "base", "source": origin.source}, "leaves": entries}, arrays, leaves
     if isinstance(origin, Stored):
+        if origin.dtype not in (None, *NARROW):
+            raise ValueError(f"dtype must be None or one of {', '.join(NARROW)}, got {origin.dtype!r}")
         for path, leaf in leaves.items():
             leaves[path] = _store_kept(origin.dtype, path, leaf, kept.get(path), entries[path], arrays)
         return {"origin": {"kind": "stored"}, "leaves": entries}, arrays, leaves
     key = _key_of(origin)
     drawn = recipe(origin.initializer, weights, origin.density, origin.where, origin.fan_in, origin.fan_out)
-    redraws, times = by_path(origin.redraws), b""
+    redraws, times = arrays_of(origin.redraws), b""
+    if unmasked := set(origin.partition or {}) - kept.keys():
+        raise ValueError(f"no mask has the path {min(unmasked)!r}, which `partition` names")
+    for path, times_of in redraws.items():
+        if path not in drawn or times_of.shape != leaves[path].shape or (times_of < 0).any():
+            raise ValueError(f"the redraws of {path!r} are not whole numbers from 0 to 255, one for each drawn weight")
     for path, leaf in leaves.items():
         if path in drawn:
             entries[path]["draw"] = [drawn[path][0], float(drawn[path][1])]
             if path in redraws:
-                kind, planes, payload = codes.encode(np.asarray(redraws[path]))
+                kind, planes, payload = codes.encode(redraws[path])
                 entries[path]["redraws"] = [kind, planes]
                 times += payload
-        elif leaf.size and (leaf == leaf.flat[0]).all() and np.isfinite(float(leaf.flat[0])):
-            entries[path]["fill"] = float(leaf.flat[0])
+        elif (fill := _fill(leaf)) is not None:
+            entries[path]["fill"] = fill
         else:
             arrays[f"weights/{path}"] = leaf
     if redraws:
@@ -155,6 +166,7 @@ def store(origin: Origin, weights: Params, kept: Leaves) -> tuple[Header, Leaves
     return header, arrays, leaves
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers of a damaged file, which its hash tells
 def restore(header: Header, arrays: Leaves, kept: Leaves) -> Leaves:
     """Returns the weights that `store` described. Not of a `Base`, whose weights are not in the file.
 
@@ -174,8 +186,9 @@ def restore(header: Header, arrays: Leaves, kept: Leaves) -> Leaves:
             weights[path] = _draw(header["origin"], path, entry, times)
         elif "fill" in entry:
             weights[path] = np.full(shape, entry["fill"], dtype)
-        else:
-            weights[path] = _load_kept(path, shape, dtype, arrays, kept.get(path, np.ones(shape, bool)))
+        else:  # of drawn weights, those that are neither drawn nor equal are stored whole
+            of_mask = kept.get(path) if header["origin"]["kind"] == "stored" else None
+            weights[path] = _load_kept(path, shape, dtype, arrays, np.ones(shape, bool) if of_mask is None else of_mask)
     times.end()
     return weights
 
@@ -186,12 +199,13 @@ def _key_of(origin: Drawn) -> jax.Array:
             raise ValueError(f"a seed is a whole number in [0, 2**32), got {origin.key}")
         key = jax.random.key(origin.key, impl=GENERATOR)
         return leaf_key(key, origin.stream) if origin.stream else key
-    if not jnp.issubdtype(origin.key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(origin.key)) != GENERATOR:
+    typed = isinstance(origin.key, jax.Array) and jnp.issubdtype(origin.key.dtype, jax.dtypes.prng_key)
+    if not typed or origin.key.shape or str(jax.random.key_impl(origin.key)) not in (GENERATOR, "rbg"):
         raise ValueError(
-            f"the key must be a jax.random.key of {GENERATOR}, the one generator that draws the same everywhere: "
-            f"jax.random.key(seed, impl={GENERATOR!r})"
+            f"the key must be a seed, or one jax.random.key of {GENERATOR}: jax.random.key(seed, impl={GENERATOR!r}). "
+            "Of other implementations, only rbg draws the same"
         )
-    return origin.key
+    return jax.random.wrap_key_data(jax.random.key_data(origin.key)[:2], impl=GENERATOR)  # what `draws.bits` counts
 
 
 def _describe(origin: Drawn, key: jax.Array) -> Header:
@@ -214,20 +228,25 @@ def _wrapped(origin: Header) -> jax.Array:
 
 
 def _draw(origin: Header, path: str, entry: Header, stream: codes.Stream) -> np.ndarray:
-    leaf = leaf_key(_wrapped(origin), path)
+    key = leaf_key(_wrapped(origin), path)
     name, scale = entry["draw"]
-    shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
-
-    def drawn(key: jax.Array) -> np.ndarray:
-        return np.asarray(DRAWS[name](key, shape, np.float32(scale)).astype(dtype))
-
-    weights = drawn(leaf)
+    shape = tuple(entry["shape"])
     if "redraws" in entry:
         kind, planes = entry["redraws"]
         times = codes.decode(kind, planes, stream.take(planes), shape)
-        for n in range(1, int(times.max(initial=0)) + 1):
-            weights = np.where(times == n, drawn(jax.random.fold_in(leaf, n)), weights)
-    return weights
+        again = [jax.random.fold_in(key, n) for n in range(1, int(times.max(initial=0)) + 1)]
+        words = np.stack([jax.random.key_data(one) for one in (key, *again)])
+        key = jnp.asarray(np.moveaxis(words[times], -1, 0))  # a key for each element: one draw, however many redraws
+    return np.asarray(DRAWS[name](key, shape, np.float32(scale))).astype(jnp.dtype(entry["dtype"]))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _fill(leaf: np.ndarray) -> float | None:
+    """The number that all of a leaf equals, bit for bit, if there is one."""
+    if not leaf.size or not np.isfinite(leaf.flat[0]):
+        return None
+    value = float(leaf.flat[0])
+    return value if np.full(leaf.shape, value, leaf.dtype).tobytes() == leaf.tobytes() else None
 
 
 def _store_kept(
@@ -237,30 +256,52 @@ def _store_kept(
     if kept is None:  # biases and the like: few, and kept whole
         arrays[f"weights/{path}"] = leaf
         return leaf
-    if dtype == "int8":
-        largest = np.abs(np.where(kept, leaf, 0)).reshape(-1, leaf.shape[-1]).max(axis=0, initial=0)
-        scale = (largest / 127).astype(np.float32)
-        quotient = np.divide(leaf.astype(np.float32), scale, out=np.zeros(leaf.shape, np.float32), where=scale > 0)
-        arrays[f"scales/{path}"] = scale
-        arrays[f"weights/{path}"] = np.clip(np.rint(quotient), -127, 127).astype(np.int8)[kept]
-    else:
-        arrays[f"weights/{path}"] = leaf[kept].astype(leaf.dtype if dtype is None else jnp.dtype(dtype))
-    return _load_kept(path, leaf.shape, leaf.dtype, dict(arrays), kept)
+    if dtype is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{path!r} has {leaf.dtype} numbers, which {dtype} cannot hold")
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        if dtype in LEVELS:
+            wide = np.where(kept, leaf, 0).astype(np.float32)
+            scale = np.abs(wide).max(axis=tuple(range(leaf.ndim - 1)), initial=0) / np.float32(LEVELS[dtype])
+            quotient = np.divide(wide, scale, out=np.zeros(leaf.shape, np.float32), where=scale > 0)
+            arrays[f"scales/{path}"] = scale
+            numbers = np.clip(np.rint(quotient), -LEVELS[dtype], LEVELS[dtype]).astype(np.int8)[kept]
+            arrays[f"weights/{path}"] = numbers if dtype == "int8" else _in_pairs(numbers)
+        else:
+            arrays[f"weights/{path}"] = leaf[kept].astype(leaf.dtype if dtype is None else jnp.dtype(dtype))
+        loaded = _load_kept(path, leaf.shape, leaf.dtype, dict(arrays), kept)
+    if dtype is not None and not np.isfinite(loaded).all():
+        raise ValueError(f"{path!r} holds weights that are too large for {dtype}, or not finite")
+    return loaded
 
 
 def _load_kept(path: str, shape: tuple[int, ...], dtype: Any, arrays: Leaves, kept: np.ndarray) -> np.ndarray:
-    values = arrays.pop(f"weights/{path}", None)
-    if values is None or values.size != np.count_nonzero(kept):
-        raise ValueError(f"{np.count_nonzero(kept)} weights of {path!r} are kept, and other numbers stored")
+    values, scale = arrays.pop(f"weights/{path}", None), arrays.pop(f"scales/{path}", None)
+    count = int(np.count_nonzero(kept))
+    if scale is not None and values is not None and values.dtype == np.uint8 and values.size == -(-count // 2):
+        values = _out_of_pairs(values, count)
+    if values is None or values.size != count:
+        raise ValueError(f"{count} weights of {path!r} are kept, and other numbers stored")
     values = values.ravel()
-    if values.dtype == np.int8:
-        scale = arrays.pop(f"scales/{path}", None)
-        if scale is None or scale.shape != shape[-1:] or scale.dtype != np.float32:
-            raise ValueError(f"the scales of {path!r} are missing, or not one for each of its last axis")
+    if scale is not None:
+        if scale.shape != shape[-1:] or scale.dtype != np.float32 or values.dtype != np.int8:
+            raise ValueError(
+                f"the scales of {path!r} are not float32, one for each of its last axis, or not of 8 or 4 bits"
+            )
         values = values * np.broadcast_to(scale, shape)[kept]
     whole = np.zeros(shape, dtype)
     whole[kept] = values.astype(dtype)
     return whole
+
+
+def _in_pairs(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers from -8 to 7, two in a byte: the first in the lower half, in two's complement."""
+    halves = np.append(numbers, np.zeros(numbers.size % 2, np.int8)).view(np.uint8) & 15
+    return halves[::2] | halves[1::2] << 4
+
+
+def _out_of_pairs(stored: np.ndarray, count: int) -> np.ndarray:
+    halves = np.stack([stored.ravel() & 15, stored.ravel() >> 4], axis=1).ravel()[:count]
+    return (halves ^ 8).astype(np.int8) - np.int8(8)
 
 
 def take_stream(arrays: Leaves, name: str) -> codes.Stream:

@@ -91,6 +91,38 @@ def _magnitude_jvp(scores, tangents):
     return jnp.abs(scores[0]), tangents[0] * jnp.sign(scores[0])
 
 
+def threshold(t: float = 0.0) -> MaskFn:
+    """Returns the mask function that keeps the weights whose score is above a threshold: mask = [s > t].
+
+    Nothing is ranked, so that a mask costs one comparison a weight. How many weights are kept is an outcome. The
+    gradient is straight-through: dL/ds = w * dL/d(w * m), also for weights that are pruned now.
+
+    Args:
+      t: the threshold, finite. With 0 and the scores of `init_scores`, about half of the weights are kept at first.
+
+    Returns:
+      mask_fn(scores, key) -> masks, which ignores the key.
+
+    Raises:
+      ValueError: the threshold is not finite; when the masks are made, NaN scores (not under jit, where values are not
+        known: there such a weight is pruned).
+
+    Source: Mallya et al. 2018, section 3.2 (a threshold of 0.005); Wortsman et al. 2020, whose released code keeps
+    scores >= 0, while here a score that equals the threshold is pruned.
+    """
+    if not math.isfinite(t):
+        raise ValueError(f"the threshold must be finite, got {t!r}")
+
+    def keep(path: str, score: jax.Array) -> jax.Array:
+        _refuse_nan(path, score)
+        return (score > t).astype(score.dtype)
+
+    def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
+        return straight_through(scores, lambda scores: map_with_name(keep, scores))
+
+    return mask_fn
+
+
 def bernoulli() -> MaskFn:
     """Returns the mask function that keeps each weight with probability sigmoid(score), drawn anew for each key.
 
@@ -108,14 +140,19 @@ def bernoulli() -> MaskFn:
 
     def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
         def draw(path: str, score: jax.Array) -> jax.Array:
-            if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
-                raise ValueError(f"the scores of {path!r} hold NaN")
+            _refuse_nan(path, score)
             uniform = None if key is None else unit_uniform(leaf_key(key, path), score.shape)
             return bernoulli_mask(score, uniform)
 
         return map_with_name(draw, scores)
 
     return mask_fn
+
+
+def _refuse_nan(path: str, score: jax.Array) -> None:
+    """Raises ValueError on NaN scores; values are looked at only where they are concrete (not under jit)."""
+    if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
+        raise ValueError(f"the scores of {path!r} hold NaN")
 
 
 @jax.custom_vjp

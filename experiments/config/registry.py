@@ -85,6 +85,11 @@ METHODS: Mapping[str, MethodEntry] = {
         learns="scores",
         free_density="bernoulli learns how many weights it keeps",
     ),
+    "threshold": MethodEntry(
+        "experiments.training.methods:threshold",
+        learns="scores",
+        free_density="threshold learns how many weights it keeps",
+    ),
     "dense": MethodEntry("experiments.training.methods:dense", free_density="dense training keeps every weight"),
     "random": MethodEntry("experiments.training.methods:fixed", _FIXED),
     **{name: MethodEntry("experiments.training.methods:fixed", _FIXED) for name in SALIENCIES},
@@ -136,6 +141,7 @@ INITIALIZERS: Mapping[str, InitializerEntry] = {
 OPTIMIZERS: Mapping[str, Entry] = {
     "sgd": Entry("optax:sgd", reads=("momentum",)),
     "adam": Entry("optax:adam"),
+    "rmsprop": Entry("optax:rmsprop", arguments={"decay": 0.99, "eps_in_sqrt": False}),  # as in PyTorch
 }
 
 CRITERIA = (  # mask criteria of `supermask_jax.criteria`, by their names there; compared by a test

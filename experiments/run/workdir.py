@@ -18,7 +18,7 @@ try:
 except ImportError:  # not a Unix
     fcntl = None
 
-A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "subnetwork.safetensors")
+A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "tasks", "subnetwork.safetensors")
 SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
 
 LOCK = ".lock"

@@ -56,6 +56,11 @@ def bernoulli(setup: Setup) -> Method:
     return methods.bernoulli(setup.weights, rescale=setup.masks.rescale)
 
 
+def threshold(setup: Setup) -> Method:
+    """Scores learn, and each weight is kept while its score is above 0."""
+    return methods.threshold(setup.key, setup.weights)
+
+
 def dense(setup: Setup) -> Method:
     """All weights learn."""
     return methods.dense(setup.weights)

@@ -1,4 +1,4 @@
-"""The experiments' imports flow one way: commands > sweeps, tickets, bench > training > data, plots > config > run."""
+"""The experiments' imports flow one way: from the commands, at the top, down to `run`; `LAYERS` has the order."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-LAYERS = [{"command"}, {"sweeps", "tickets", "bench"}, {"training"}, {"data", "plots"}, {"config"}, {"run"}]
+LAYERS = [{"command"}, {"sweeps", "tickets", "tasks", "bench"}, {"training"}, {"data", "plots"}, {"config"}, {"run"}]
 LAYERS += [{"supermask_jax"}]  # which knows of no experiment: a table of its own says so
 LONGEST = 60  # lines of a function
 
@@ -23,6 +23,7 @@ LIBRARIES = {
     "run": {"numpy", "jax", "orbax", "rich"},
     "training": {"numpy", "jax", "flax", "optax"},
     "tickets": {"numpy", "jax", "optax", "rich"},
+    "tasks": {"numpy", "jax", "optax", "rich"},
     "sweeps": {"numpy", "jax", "optax", "rich"},
     "bench": {"numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
 }

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supermask_jax.trees import by_path
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-SNIPPET = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+SNIPPET, TO_FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = (
     'python3 -m venv .venv && .venv/bin/pip install -e ".[experiments]" && .venv/bin/python -m experiments.mnist',
@@ -37,7 +39,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_snippet_trains_scores_on_any_model():
+def test_the_snippet_trains_scores_on_any_model_and_the_second_one_stores_the_network(tmp_path, monkeypatch):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -55,6 +57,13 @@ def test_the_snippet_trains_scores_on_any_model():
     np.testing.assert_array_equal(trained.weights["Dense_1"]["bias"], np.zeros(64))
     kept = np.count_nonzero(names["params"]["Dense_1"]["kernel"])
     assert kept == trained.weights["Dense_1"]["kernel"].size // 2
+
+    monkeypatch.chdir(tmp_path)
+    exec(TO_FILE, names)
+    for path, weight in by_path(names["params"]).items():
+        mask = by_path(names["masks"]).get(path, 1)
+        np.testing.assert_array_equal(by_path(names["weights"])[path] * mask, weight)
+    assert names["about"] == {"data": "..."} and (tmp_path / "net.safetensors").stat().st_size < 1000
 
 
 def test_the_snippet_is_short_and_uses_each_key_once():

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from experiments import compare, pruning_only, random_pruning
+from experiments import bits, compare, pruning_only, random_pruning
 from experiments.config.flags import parser
 from experiments.config.registry import METHODS
 from experiments.config.run import Run, named
@@ -30,7 +30,7 @@ from experiments.sweeps.learned import Learned
 from supermask_jax import models
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"compare": compare, "random_pruning": random_pruning, "pruning_only": pruning_only}
+COMMANDS = {"compare": compare, "random_pruning": random_pruning, "pruning_only": pruning_only, "bits": bits}
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
 ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
 TIMES = {"train_seconds"}

@@ -35,13 +35,36 @@ ALLOWED = {
     "container": set(),
     "header": {"codes", "container", "draws"},
     "origins": {"codes", "draws", "header", "initializers", "supermask", "trees"},
-    "artifact": {"codes", "container", "header", "methods", "origins", "supermask", "trees"},
+    "contents": {"codes", "container", "header", "origins"},
+    "artifact": {"codes", "container", "contents", "header", "methods", "origins", "supermask", "trees"},
     "methods": {
         *("backend", "densities", "dynamic", "initializers", "lottery", "saliency", "selection", "supermask", "train"),
         "trees",
     },
+    "graph": {"backend", "trees"},
+    "channels": {"graph"},
+    "products": {"channels", "graph"},
+    "compaction": {"backend", "channels", "flops", "graph", "products", "trees"},
+    "__main__": {"commands"},
+}
+COMMANDS = {  # of the rooms under commands/; each may import any room of the library
+    "answers": set(),
+    "files": {"answers"},
+    "opened": {"answers"},
+    "info": {"answers", "opened"},
+    "verify": {"answers", "info", "opened"},
+    "diff": {"answers", "opened"},
+    "networks": {"answers", "opened"},
+    "graphs": {"answers", "networks"},
+    "onnx_file": {"files", "graphs", "networks"},
+    "pytorch_resnet": set(),
+    "pytorch": {"answers", "files", "graphs", "networks"},
+    "export": {"answers", "files", "graphs", "networks", "onnx_file", "opened", "pytorch"},
+    "images": {"answers", "files"},
+    "classify": {"answers", "images", "networks", "opened"},
 }
 LIBRARIES = {"jax", "numpy", "optax", "safetensors"}  # flax too, under models/
+OF_COMMANDS = {"networks": {"flax"}, "images": {"PIL"}, "pytorch_resnet": {"torch"}}  # beside LIBRARIES
 
 
 def imports(file):
@@ -49,9 +72,8 @@ def imports(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (
-                [node.module] if node.module != "supermask_jax" else [f"supermask_jax.{a.name}" for a in node.names]
-            )
+            packages = ("supermask_jax", "supermask_jax.commands")
+            yield from [f"{node.module}.{a.name}" for a in node.names] if node.module in packages else [node.module]
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -65,6 +87,19 @@ def test_every_room_is_in_the_table():
     assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == set(ALLOWED)
 
 
+@pytest.mark.parametrize("room", COMMANDS)
+def test_a_room_of_the_commands_imports_only_what_it_may(room):
+    names = list(imports(PACKAGE / "commands" / f"{room}.py"))
+    within = {name.split(".")[2] for name in names if name.startswith("supermask_jax.commands.")}
+    assert within <= COMMANDS[room]
+    allowed = {*sys.stdlib_module_names, *LIBRARIES, *OF_COMMANDS.get(room, ()), "supermask_jax"}
+    assert {name.split(".")[0] for name in names} <= allowed
+
+
+def test_every_room_of_the_commands_is_in_the_table():
+    assert {file.stem for file in (PACKAGE / "commands").glob("*.py")} - {"__init__"} == set(COMMANDS)
+
+
 def test_models_import_flax_and_nothing_of_the_rooms():
     for file in (PACKAGE / "models").glob("*.py"):
         names = list(imports(file))
@@ -72,8 +107,8 @@ def test_models_import_flax_and_nothing_of_the_rooms():
         assert all(n.startswith("supermask_jax.models") for n in names if n.startswith("supermask_jax")), file
 
 
-def test_the_library_prints_nothing():
-    for file in PACKAGE.rglob("*.py"):
+def test_the_library_prints_nothing_but_on_its_command_line():
+    for file in set(PACKAGE.rglob("*.py")) - {PACKAGE / "__main__.py"}:
         calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"], file
 

@@ -1,0 +1,1 @@
+"""What the subcommands of `python -m supermask_jax` do. Each returns the lines that `__main__` prints."""
