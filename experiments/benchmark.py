@@ -1,7 +1,7 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
-With --scaling, it measures what several devices cost instead. Figures are ratios within one run, because absolute times
-differ between machines and from day to day.
+With --scaling, it measures what several devices cost instead; with --inference, the inference of masked networks.
+Figures are ratios within one run, because absolute times differ between machines and from day to day.
 """
 
 import sys
@@ -28,10 +28,13 @@ class Config:
     scaling: bool = False
     """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, the bytes that a step moves
     between them, and the faults that a run survives. The batch sizes are not used."""
+    inference: bool = False
+    """Measure inference instead: of networks trained by edge-popup and by gradual pruning at several densities, dense,
+    compacted and with sparse matrices. The batch sizes are not used."""
     soak_seconds: int = 15
     """With --scaling, how long a run is watched that saves once a second."""
     output: str | None = None
-    """The JSON file to write. [runs/benchmark/benchmark.json, or scaling.json there]"""
+    """The JSON file to write. [runs/benchmark/benchmark.json, or scaling.json or inference.json there]"""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -41,24 +44,35 @@ class Config:
             ("soak_seconds", self.soak_seconds >= 1, "1 or more"),
             ("batch_sizes", min(self.batch_sizes, default=0) >= 1, "1 or more each"),
         )
+        if self.scaling and self.inference:
+            raise UserError("--scaling and --inference measure different things: give one of them.")
+
+    @property
+    def measures(self) -> str:
+        """What is measured; the name of the file."""
+        return "scaling" if self.scaling else "inference" if self.inference else "benchmark"
 
 
 def main(config: Config) -> dict:
     """Measures, prints the table, writes the JSON file and returns what is in it."""
     from rich.console import Console  # here, so that --help answers at once
 
-    from experiments.bench import one_device, rows, scaling, torch_steps
+    from experiments.bench import inference, one_device, rows, scaling, torch_steps
     from experiments.run import files
 
-    file = Path(config.output or f"runs/benchmark/{'scaling' if config.scaling else 'benchmark'}.json")
+    file = Path(config.output or f"runs/benchmark/{config.measures}.json")
     if file.is_dir():
         raise UserError(f"{file} is a directory; name a file with --output.")
     file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(file=sys.stdout)
-    no_torch = "skipped" if config.skip_torch or config.scaling else torch_steps.why_no_torch()
+    skips_torch = config.skip_torch or config.scaling or config.inference
+    no_torch = "skipped" if skips_torch else torch_steps.why_no_torch()
     about = rows.about(config, no_torch)
     if config.scaling:
         measured = scaling.measure_all(config.rounds, config.soak_seconds, console.status)
+    elif config.inference:
+        measured = inference.measure(config.rounds, console.status)
+        print(inference.results_table(measured))
     else:
         measured = one_device.measure(config.rounds, config.batch_sizes, not no_torch, console.status)
     result = {"about": about, **measured}

@@ -4,6 +4,7 @@ Each origin describes weights as entries of the file's header and arrays (`store
 bit (`restore`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key
 Leaves = dict[str, np.ndarray]
 REDRAWS = "redraws"  # the name of their array
 LEVELS = {"int8": 127, "int4": 7}  # the largest number of each
+CHUNK = 2**16  # weights
 NARROW = ("float32", "bfloat16", "float16", *LEVELS)  # what trained weights can be stored in
 Positions = np.ndarray  # flat, of a leaf
 
@@ -230,14 +232,18 @@ def _wrapped(origin: Header) -> jax.Array:
 def _draw(origin: Header, path: str, entry: Header, stream: codes.Stream) -> np.ndarray:
     key = leaf_key(_wrapped(origin), path)
     name, scale = entry["draw"]
-    shape = tuple(entry["shape"])
+    shape, size = tuple(entry["shape"]), math.prod(entry["shape"])
+    # A little too many, of one axis: one compilation serves many leaves. An element depends on its flat index alone.
+    many = min(1 << (size - 1).bit_length() if size <= CHUNK else -(-size // CHUNK) * CHUNK, 2**32 - 1)
     if "redraws" in entry:
         kind, planes = entry["redraws"]
-        times = codes.decode(kind, planes, stream.take(planes), shape)
+        times = np.zeros(many, np.uint8)
+        times[:size] = codes.decode(kind, planes, stream.take(planes), (size,))
         again = [jax.random.fold_in(key, n) for n in range(1, int(times.max(initial=0)) + 1)]
         words = np.stack([jax.random.key_data(one) for one in (key, *again)])
-        key = jnp.asarray(np.moveaxis(words[times], -1, 0))  # a key for each element: one draw, however many redraws
-    return np.asarray(DRAWS[name](key, shape, np.float32(scale))).astype(jnp.dtype(entry["dtype"]))
+        key = jnp.asarray(words[times].T)  # a key for each element: one draw, however many redraws
+    drawn = np.asarray(DRAWS[name](key, (many,), np.float32(scale)))[:size]
+    return drawn.reshape(shape).astype(jnp.dtype(entry["dtype"]))
 
 
 @np.errstate(over="ignore", invalid="ignore")

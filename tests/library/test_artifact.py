@@ -142,7 +142,7 @@ def test_pruned_weights_of_trained_networks_come_back_as_zero(file):
 
 
 def test_narrow_weights_are_off_by_half_a_unit_at_most(file):
-    """Of bfloat16, 8 bits count, of float16 11; a unit of int8 is a 127th of the largest of an output, of int4 a 7th."""
+    """Of bfloat16, 8 bits count, of float16 11; int8 divides the largest of an output into 127 units, int4 into 7."""
     for dtype in ("float32", "bfloat16", "float16", "int8", "int4"):
         for own in ("float32", "bfloat16"):
             network = networks.network(f"stored {dtype} of {own}")
@@ -196,6 +196,29 @@ def test_the_file_of_a_method_holds_its_evaluation_masks_and_gains(file):
     for path, mask in arrays_of(masks).items():
         assert entries[path]["gain"] == np.float32(mask.size) / np.float32(mask.sum())
     same(sm.trees.apply_masks(*sm.load_subnetwork(file)[:2]), product)
+
+
+def test_leaves_of_many_shapes_are_drawn_with_few_compilations(file):
+    """A file of a few thousand bytes must not keep its reader busy with the compilation of each shape."""
+    networks.network("kaiming_normal 0.3").save(file)
+
+    def many(header, arrays):
+        entry = header["leaves"]["Dense_0/kernel"]
+        header["leaves"] |= {f"{size}": entry | {"shape": [size, 3]} for size in range(2000, 2100)}
+
+    rewritten(file, many)
+    compiled = []
+
+    def listen(event, seconds, **_):
+        compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with pytest.raises(ValueError, match="its weights are not those that it was saved with: their hash differs"):
+            sm.load_subnetwork(file)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) < 20
 
 
 # Trees of other kinds.

@@ -177,7 +177,7 @@ CASES = {  # {network: (its maker, at most which part of the parameters is left)
     "attention": (lambda: Drawn(0.1).linen(Attention(), (5, 6, 1)), 0.8),
     "branches": (lambda: Drawn(0.2).linen(Branches(), (6, 6, 2)), 0.9),
 }
-SLOW = ("resnet-8", "affine resnet-8", "resnet-20", "bottleneck")
+SLOW = ("resnet-8", "affine resnet-8", "resnet-20", "bottleneck", "attention", "nnx")
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
@@ -403,12 +403,16 @@ def test_an_unknown_operation_gets_all_of_its_operand_and_all_that_it_makes_coun
 
     known = compact(partial(apply_fn, between=jnp.tanh), weights, None, VECTORS)
     assert known.after == {"0": (3, 1), "1": (1, 1)}  # unit 0 is constant, nothing reads unit 2
-    for between in (partial(jnp.sort, axis=-1), partial(jnp.cumsum, axis=-1), looped):
+    for between in (partial(jnp.sort, axis=-1), partial(jnp.cumsum, axis=-1), looped, squared):
         function = partial(apply_fn, between=between)
         small = compact(function, weights, None, VECTORS)
         assert small.after["1"] == (2, 1)  # of what it makes, what is read
         assert small.after["0"] == (3, 3)
         same(function, weights, small, VECTORS)
+
+
+def squared(x):
+    return jnp.einsum("ni,nj->nij", x, x).sum(axis=-1)
 
 
 def looped(x):

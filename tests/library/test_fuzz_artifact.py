@@ -275,8 +275,8 @@ LEAF, MASK = ("leaves", "Dense_0/kernel"), ("masks", "default", "Dense_0/kernel"
         ("kaiming_normal 0.3", ("state",), True),
         ("kaiming_normal 0.3", (*MASK, "planes"), [[["bits"], 90, 10]]),
         ("kaiming_normal 0.3", (*MASK, "planes"), [["gaps", 51, 1, 2**39, 1]]),
-        ("kaiming_normal 0.3", (*MASK, "kind"), "levels"),
-        ("odd leaves drawn", ("leaves", "kernel", "shape"), [2**16, 0, 2**16]),
+        ("kaiming_normal 0.3", (*MASK, "kind"), "signs"),
+        ("odd leaves drawn", ("leaves", "kernel", "shape"), [0, 2**39]),
         ("odd leaves drawn", ("leaves", "kernel", "redraws"), ["signs", [["bits", 3, 7]]]),
         ("odd leaves drawn", ("state",), False),  # an empty state is not the same as none
         ("partition", (*MASK, "partition"), [1, 449]),

@@ -1,0 +1,193 @@
+"""Inference with masked networks: the dense product, the smaller network that `compact` makes, and sparse matrices.
+
+The networks are trained for a few epochs on 4,000 digits, so that masks are those of a method and not random ones. No
+candidate multiplies by the masks: that is done once, before.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import sparse
+
+import supermask_jax as sm
+from experiments.bench.rows import compared, interleaved, row
+from experiments.bench.tables import table
+from experiments.config.sections import Init, Model
+from experiments.data.augment import normalise
+from experiments.data.batches import epoch_order
+from experiments.data.mnist import mnist_5k
+from experiments.data.source import Dataset
+from experiments.training.loss import make_loss
+from experiments.training.network import Network, network
+from supermask_jax.trees import Tree, apply_masks, ones_and_sizes
+
+NETWORKS = ("lenet-300-100", "convnet")
+METHODS = ("edge-popup", "gradual")
+DENSITIES = (0.5, 0.1, 0.02, 0.005)
+CALLS = {1: 20, 256: 2}
+"""{images of a batch: calls in a turn}: the first call of a turn finds the caches full of another candidate's data."""
+EPOCHS, BATCH_SIZE = 10, 64
+RATIOS = (("compacted", "dense", None, None), ("sparse", "dense", None, None))
+
+
+class Trained(NamedTuple):
+    """A network with masks, after training."""
+
+    network: Network
+    weights: Tree
+    masks: Tree
+
+
+def measure(rounds: int, status: Callable) -> dict:
+    """Trains, compacts and times every network.
+
+    Args:
+      rounds: times that each candidate is measured.
+      status: shows what is being measured, as a context manager.
+
+    Returns:
+      {"rows": the table of times, "networks": of each network what is left of it}.
+    """
+    dataset, rows, found = mnist_5k(), [], []
+    for name in NETWORKS:
+        for method in METHODS:
+            for density in DENSITIES:
+                group = f"{name}, {method}, density {density}"
+                with status(f"training {group}"):
+                    trained = train(name, method, density, dataset, EPOCHS)
+                with status(f"inference, {group}"):
+                    times, left = time_network(group, trained, dataset, rounds)
+                rows += times
+                found.append({"network": name, "method": method, "density": density, **left})
+    return {"rows": rows, "networks": found}
+
+
+def train(name: str, method: str, density: float, dataset: Dataset, epochs: int) -> Trained:
+    """A network trained by edge-popup (the same density in each layer) or gradual magnitude pruning (over all layers).
+
+    Args:
+      name: of `NETWORKS`.
+      method: of `METHODS`.
+      density: fraction of the weights that is left.
+      dataset: the images.
+      epochs: of training.
+    """
+    k_weights, k_scores, k_train, k_order = jax.random.split(jax.random.key(0), 4)
+    scores_learn = method == "edge-popup"
+    init = Init("signed-constant", scale_weights=True) if scores_learn else Init("kaiming-normal")
+    net = network(Model(name), init, dataset.classes, dataset.image_shape, density)
+    weights, _ = net.init(k_weights)
+    orders = [epoch_order(k_order, epoch, len(dataset.train), BATCH_SIZE) for epoch in range(epochs)]
+    steps = sum(len(indices) for indices, _ in orders)
+    if scores_learn:
+        tx = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
+        chosen = sm.methods.edge_popup(k_scores, weights, density)
+    else:
+        tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+        chosen = sm.methods.gradual(weights, tx, density, steps=steps, every=10)
+    loss_fn = make_loss(net, dataset.mean, dataset.std)
+    state = sm.init_state(chosen.subnet, tx, k_train, learns=chosen.learns)
+    step = sm.jit(sm.make_train_step(chosen.mask_fn, loss_fn, tx, learns=chosen.learns))
+    batches = (batch for order in orders for batch in zip(*order, strict=True))
+    for number, (indices, weight) in enumerate(batches, start=1):
+        batch = {**dataset.train.read(indices), "weight": weight}
+        state, _ = step(state, batch)
+        if chosen.update and number % chosen.update_every == 0:
+            state = chosen.update(number, state, batch)
+    masks = chosen.mask_fn(state.subnet.scores, None)
+    return Trained(net, jax.device_get(state.subnet.weights), jax.device_get(masks))
+
+
+def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) -> tuple[list[dict], dict]:
+    """(rows of the times, what is left of the network).
+
+    Args:
+      group: the section of the table.
+      trained: the network.
+      dataset: whose test images it classifies.
+      rounds: times that each candidate is measured.
+    """
+    test = dataset.test.read(np.arange(len(dataset.test)))
+    images = np.asarray(normalise(test["image"], dataset.mean, dataset.std))
+
+    def dense(params: Tree, x: jax.Array) -> jax.Array:
+        return trained.network.logits(params, None, x)
+
+    params = jax.tree.map(jnp.asarray, apply_masks(trained.weights, trained.masks))
+    small = sm.compact(dense, trained.weights, trained.masks, images)
+    candidates: dict[str, tuple[Callable, Any]] = {
+        "dense": (sm.jit(dense), params),
+        "compacted": (sm.jit(small.apply_fn), small.params),
+    }
+    logits = {name: np.asarray(f(of, images)) for name, (f, of) in candidates.items()}
+    if all(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(params)):
+        matrices = [sparse.BCOO.fromdense(leaf.T) for leaf in jax.tree.leaves(params)]
+        candidates["sparse"] = sm.jit(sparse_layers), matrices
+    largest = np.abs(logits["dense"]).max()
+    rows = []
+    for batch, times in CALLS.items():
+        x = jnp.asarray(np.resize(images, (batch, *images.shape[1:])))
+        calls = {name: partial(repeated, f, of, x, times) for name, (f, of) in candidates.items()}
+        seconds = {name: of / times for name, of in interleaved(calls, rounds).items()}
+        rows += compared(f"{group}, batch {batch}", seconds, RATIOS)
+    sizes = [sum(map(np.prod, shapes.values())) for shapes in (small.before, small.after)]
+    rows.append(row(group, "parameters, compacted / dense", "x", sizes[1] / sizes[0]))
+    left = {
+        "accuracy": float((logits["dense"].argmax(-1) == test["label"]).mean()),
+        "kept": sum(ones for ones, _ in ones_and_sizes(trained.masks).values()),
+        "parameters": [int(size) for size in sizes],
+        "units": units(small.before, small.after),
+        "difference": float(np.abs(logits["compacted"] - logits["dense"]).max() / largest) if largest else 0.0,
+        "changed labels": int((logits["compacted"].argmax(-1) != logits["dense"].argmax(-1)).sum()),
+    }
+    return rows, left
+
+
+def repeated(function: Callable, params: Any, x: jax.Array, times: int) -> jax.Array:
+    """Calls the function so many times, each time after the last has finished; returns its outputs."""
+    for _ in range(times):
+        outputs = jax.block_until_ready(function(params, x))
+    return outputs
+
+
+def sparse_layers(matrices: Sequence[sparse.BCOO], x: jax.Array) -> jax.Array:
+    """Dense layers without biases, whose matrices are sparse [out, in], with ReLU between them."""
+    x = x.reshape(len(x), -1).T
+    for i, matrix in enumerate(matrices):
+        x = jax.nn.relu(matrix @ x) if i + 1 < len(matrices) else matrix @ x
+    return x.T
+
+
+def units(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    """{path: output units of the kernel [before, after]}; 0 where the kernel is gone."""
+    return {path: [shape[-1], after[path][-1] if path in after else 0] for path, shape in before.items()}
+
+
+def results_table(measured: dict) -> str:
+    """Markdown: of each network what is left, and the times as parts of the dense network's."""
+    ratio = {(line["group"], line["name"]): line["median"] for line in measured["rows"]}
+    lines = []
+    for of in measured["networks"]:
+        group = f"{of['network']}, {of['method']}, density {of['density']}"
+        hidden = list(of["units"].values())
+        lines.append(
+            (
+                *(of["network"], of["method"], of["density"], f"{of['accuracy']:.1%}"),
+                " - ".join(str(after) for _, after in hidden),
+                *(f"{of['kept']:,}", f"{of['parameters'][1]:,}"),
+                *(
+                    f"{ratio[key]:.2f}" if (key := (f"{group}, batch {batch}", f"{name} / dense")) in ratio else "-"
+                    for name in ("compacted", "sparse")
+                    for batch in CALLS
+                ),
+            )
+        )
+    times = [f"{name}, batch {batch}" for name in ("compacted", "sparse") for batch in CALLS]
+    return table(
+        ("network", "method", "density", "accuracy", "units left", "weights kept", "parameters left", *times), lines
+    )

@@ -1,0 +1,60 @@
+"""The files of a run of many tasks: one of packed bits for each task, and one of all masks over one random network."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import supermask_jax as sm
+from experiments.run.errors import UserError
+from experiments.run.files import read_arrays, read_json, write_arrays, write_json
+from experiments.tasks.superposition import pack, packed_bytes, unpack
+from supermask_jax import artifact
+from supermask_jax.trees import Tree
+
+FOLDER = "tasks"  # in the work directory
+
+
+def name_of(task: int) -> str:
+    """What the masks of a task are called in every file."""
+    return f"task-{task:03d}"
+
+
+def save_task(path: Path, task: int, masks: Tree, record: Mapping[str, Any]) -> None:
+    """Writes the masks and the figures of a finished task into the work directory `path`, atomically."""
+    folder = path / FOLDER
+    folder.mkdir(exist_ok=True)
+    write_arrays(folder / f"{name_of(task)}.npz", {"masks": pack(masks)})
+    write_json(folder / f"{name_of(task)}.json", dict(record))  # last: it marks the task as finished
+
+
+def load_task(path: Path, task: int, weights: Tree) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """(packed masks uint8 [bytes], figures) of a finished task; None if it is not finished.
+
+    Raises:
+      UserError: its files are damaged.
+    """
+    report, arrays = (path / FOLDER / f"{name_of(task)}.{ending}" for ending in ("json", "npz"))
+    if not report.exists():
+        return None
+    record, masks = read_json(report), read_arrays(arrays).get("masks")
+    if masks is None or masks.dtype != np.uint8 or masks.shape != (packed_bytes(weights),) or "task" not in record:
+        raise UserError(f"{arrays} or {report.name} is of another network; move both away, and they are made again.")
+    return masks, record
+
+
+def write_artifact(file: Path, weights: Tree, packed: Sequence[np.ndarray], seed: int, about: Mapping[str, Any]) -> int:
+    """Writes one file of all masks and the seed of the network that they share; returns its size in bytes.
+
+    Args:
+      file: a .safetensors file; an older one is replaced.
+      weights: signed constants that were drawn with `seed`.
+      packed: uint8 [bytes] for each task, from task 0 on.
+      seed: of the run.
+      about: what else the file tells.
+    """
+    weights = jax.tree.map(np.asarray, weights)
+    subnets = {name_of(task): sm.Subnet(weights, unpack(masks, weights)) for task, masks in enumerate(packed)}
+    return sm.save_subnetwork(file, subnets, artifact.Drawn("signed_constant", seed, "weights"), about=about)

@@ -1,0 +1,165 @@
+"""Which task an image belongs to, inferred from the superposition of all masks (Wortsman et al. 2020, section 3.3).
+
+The superposed network has the weights w * sum_k alpha_k * m_k. If the entropy of its outputs falls as alpha_k grows,
+the mask m_k makes the network more certain of this image. The task with the steepest fall is the inferred one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import supermask_jax as sm
+from experiments.data.batches import in_batches
+from supermask_jax.trees import Tree, by_path, map_with_name
+
+MASKS_AT_ONCE = 20
+GROUPS_AT_ONCE = 50
+HIGHEST = jax.lax.Precision.HIGHEST
+
+Logits = Callable[[Tree, jax.Array], jax.Array]
+"""logits(params, images [n, ...]) -> [n, outputs]."""
+
+
+def pack(masks: Tree) -> np.ndarray:
+    """uint8 [bytes]: the masks of one task, 8 weights a byte, leaf after leaf in the tree's order."""
+    return np.packbits(np.concatenate([np.asarray(mask).ravel() != 0 for mask in by_path(masks).values()]))
+
+
+def unpack(packed: np.ndarray, weights: Tree) -> Tree:
+    """uint8 masks for the prunable leaves of `weights`, None at the others: the inverse of `pack`."""
+    parts = _split(np.unpackbits(packed), sm.trees.prunable(weights))
+    return map_with_name(lambda path, leaf: parts.get(path), weights)
+
+
+def packed_bytes(weights: Tree) -> int:
+    """The bytes of one task's packed masks."""
+    return -(-sum(math.prod(shape) for shape in sm.trees.prunable(weights).values()) // 8)
+
+
+class Superposition:
+    """A network under sums of masks, whose coefficients differ from image to image.
+
+    Masks are packed as by `pack`, [tasks, bytes]. Nothing is compiled anew for another number of tasks.
+
+    Args:
+      logits: the network, without masks.
+      weights: every parameter.
+      temperature: what the logits are divided by in the entropy.
+    """
+
+    def __init__(self, logits: Logits, weights: Tree, temperature: float = 1.0):
+        shapes = sm.trees.prunable(weights)
+        self._weights, self._size = weights, sum(map(math.prod, shapes.values()))
+
+        def bits(packed: jax.Array) -> jax.Array:
+            return jnp.unpackbits(packed, axis=1)[:, : self._size].astype(jnp.float32)
+
+        def add(total: jax.Array, alphas: jax.Array, packed: jax.Array) -> jax.Array:
+            return total + jnp.dot(alphas, bits(packed), precision=HIGHEST)
+
+        def outputs(total: jax.Array, weights: Tree, images: jax.Array) -> jax.Array:
+            parts = _split(total, shapes)
+            params = map_with_name(lambda path, w: w * parts[path] if path in parts else w, weights)
+            return logits(params, images)
+
+        def entropy(total: jax.Array, weights: Tree, images: jax.Array) -> jax.Array:
+            log_p = jax.nn.log_softmax(outputs(total, weights, images) / temperature)
+            return -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+
+        def slopes(totals: jax.Array, weights: Tree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.vmap(jax.value_and_grad(entropy), in_axes=(0, None, 0))(totals, weights, images)
+
+        def along(slopes: jax.Array, packed: jax.Array) -> jax.Array:
+            return jnp.dot(slopes, bits(packed).T, precision=HIGHEST)
+
+        self._add, self._along = sm.jit(add, donate_argnums=0), sm.jit(along)
+        self._slopes, self._outputs = sm.jit(slopes), sm.jit(jax.vmap(outputs, in_axes=(0, None, 0)))
+
+    def entropies(self, images: np.ndarray, alphas: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean entropies in nats [groups], and their gradients with respect to the coefficients [groups, tasks].
+
+        Args:
+          images: [groups, n, ...], as `logits` takes them. Images of a group belong together; n may be 1.
+          alphas: [groups, tasks], the coefficients of the masks.
+          packed: uint8 [tasks, bytes].
+        """
+        chunks = in_batches(packed, MASKS_AT_ONCE)
+
+        def part(total: jax.Array, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            values, slopes = self._slopes(total, self._weights, images)
+            found = np.concatenate([np.asarray(self._along(slopes, chunk)) for chunk in chunks], axis=1)
+            return np.asarray(values), found[:, : len(packed)]
+
+        return self._in_parts(part, images, alphas, chunks)
+
+    def logits(self, images: np.ndarray, alphas: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        """The outputs [groups, n, outputs] of the network whose masks have these coefficients; see `entropies`."""
+
+        def part(total: jax.Array, images: np.ndarray) -> tuple[np.ndarray]:
+            return (np.asarray(self._outputs(total, self._weights, images)),)
+
+        return self._in_parts(part, images, alphas, in_batches(packed, MASKS_AT_ONCE))[0]
+
+    def _in_parts(self, part: Callable, images: np.ndarray, alphas: np.ndarray, chunks: np.ndarray) -> Any:
+        """The results of part(total [groups, weights], images) for so many groups at a time, joined."""
+        padded = np.zeros((len(alphas), chunks.shape[0] * MASKS_AT_ONCE), np.float32)
+        padded[:, : alphas.shape[1]] = alphas
+        results = []
+        for groups, coefficients in zip(*(in_batches(a, GROUPS_AT_ONCE) for a in (images, padded)), strict=True):
+            total = jnp.zeros((GROUPS_AT_ONCE, self._size), jnp.float32)
+            for chunk, of_chunk in zip(chunks, np.split(coefficients, len(chunks), axis=1), strict=True):
+                total = self._add(total, of_chunk, chunk)
+            results.append(part(total, groups))
+        return tuple(np.concatenate(arrays)[: len(images)] for arrays in zip(*results, strict=True))
+
+
+def one_shot(superposition: Superposition, images: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """int [groups]: the tasks inferred by one gradient, at equal coefficients.
+
+    Args:
+      superposition: of the network.
+      images: [groups, n, ...].
+      packed: uint8 [tasks, bytes].
+    """
+    alphas = np.full((len(images), len(packed)), 1 / len(packed), np.float32)
+    return np.argmin(superposition.entropies(images, alphas, packed)[1], axis=1)
+
+
+def binary_search(superposition: Superposition, images: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """int [groups]: the tasks inferred by one gradient for each halving of the tasks that are left.
+
+    Each time the half with the steepest fall of the entropy is left, at equal coefficients.
+
+    Args:
+      superposition: of the network.
+      images: [groups, n, ...].
+      packed: uint8 [tasks, bytes].
+    """
+    left = np.ones((len(images), len(packed)), bool)
+    while left[0].sum() > 1:  # as many in every group
+        count = int(left[0].sum())
+        gradients = superposition.entropies(images, left.astype(np.float32) / count, packed)[1]
+        order = np.argsort(np.where(left, gradients, np.inf), axis=1, kind="stable")
+        left = np.zeros_like(left)
+        np.put_along_axis(left, order[:, : (count + 1) // 2], True, axis=1)
+    return np.argmax(left, axis=1)
+
+
+def predictions(superposition: Superposition, images: np.ndarray, tasks: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """int [groups, n]: the classes that images are given under the masks of their tasks, int [groups]."""
+    alphas = (tasks[:, None] == np.arange(len(packed))).astype(np.float32)
+    return np.argmax(superposition.logits(images, alphas, packed), axis=-1)
+
+
+def _split(flat: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """{path: array} of a vector that holds them one after the other."""
+    parts, start = {}, 0
+    for path, shape in shapes.items():
+        size = math.prod(shape)
+        parts[path] = flat[start : start + size].reshape(shape)
+        start += size
+    return parts
