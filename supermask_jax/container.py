@@ -65,9 +65,9 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
     whole = {HEADER: np.frombuffer(zlib.compress(text, 9), np.uint8), **arrays}
     whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in whole.items()}
     content = safetensors.numpy.save(whole, dict(METADATA))
-    # Its metadata come in either order; the same network is the same file.
+    # Its metadata come first, in either order; the same network is the same file.
     right, wrong = (json.dumps(dict(order), separators=(",", ":")).encode() for order in (METADATA, METADATA[::-1]))
-    content = content.replace(wrong, right, 1)
+    content = content[:100].replace(wrong, right) + content[100:]
     path = Path(path)
     handle, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

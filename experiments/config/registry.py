@@ -85,11 +85,6 @@ METHODS: Mapping[str, MethodEntry] = {
         learns="scores",
         free_density="bernoulli learns how many weights it keeps",
     ),
-    "threshold": MethodEntry(
-        "experiments.training.methods:threshold",
-        learns="scores",
-        free_density="threshold learns how many weights it keeps",
-    ),
     "dense": MethodEntry("experiments.training.methods:dense", free_density="dense training keeps every weight"),
     "random": MethodEntry("experiments.training.methods:fixed", _FIXED),
     **{name: MethodEntry("experiments.training.methods:fixed", _FIXED) for name in SALIENCIES},
@@ -99,6 +94,11 @@ METHODS: Mapping[str, MethodEntry] = {
     ),
     "rigl": MethodEntry(
         "experiments.training.methods:rigl", (*_FIXED, "update_every", "drop_fraction"), layerwise=True
+    ),
+    "threshold": MethodEntry(
+        "experiments.training.methods:threshold",
+        learns="scores",
+        free_density="threshold learns how many weights it keeps",
     ),
 }
 

@@ -16,7 +16,7 @@ CHANGE_NO_MASK = ("tasks", "inferred_images", "temperature")  # a run may resume
 # Chosen on 10,000 held-out training images, and never on test images: docs/results/many_tasks.md.
 RECIPES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     (BEST, "threshold"): {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 32},
-    (BEST, "edge-popup"): {"optimizer": "sgd", "learning_rate": 0.2, "batch_size": 32},
+    (BEST, "edge-popup"): {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 32},
     # mnist.ipynb of Wortsman et al. 2020.
     (PUBLISHED, "threshold"): {
         "optimizer": "rmsprop",

@@ -62,7 +62,7 @@ def _errors(ax, rows: list[dict[str, Any]], images: int, split: str) -> None:
         ax.plot(places, wrong, f"{marker}-", color=colour, markersize=4, label=label)
     guessed = [100 * (1 - 1 / place) for place in places]
     ax.plot(places, guessed, ":", color="black", linewidth=1.3, label="a guess")
-    style_axes(ax, "tasks", f"task of one image inferred wrongly (% of {images:,} {split} images)")
+    style_axes(ax, "tasks", f"task inferred wrongly (% of {images:,} {split} images)")
     log_ticks(ax, places)
     ax.set_ylim(-3, 103)
     ax.legend(fontsize=8, edgecolor="none")

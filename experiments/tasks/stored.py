@@ -15,6 +15,7 @@ from supermask_jax import artifact
 from supermask_jax.trees import Tree
 
 FOLDER = "tasks"  # in the work directory
+GROWTH = "growth.json"  # in that folder
 
 
 def name_of(task: int) -> str:
@@ -45,15 +46,33 @@ def load_task(path: Path, task: int, weights: Tree) -> tuple[np.ndarray, dict[st
     return masks, record
 
 
-def write_artifact(file: Path, weights: Tree, packed: Sequence[np.ndarray], seed: int, about: Mapping[str, Any]) -> int:
+def save_growth(path: Path, asked: Mapping[str, Any], rows: Mapping[int, dict[str, Any]]) -> None:
+    """Writes what was measured by number of tasks, and the settings that it was asked for with."""
+    write_json(path / FOLDER / GROWTH, {**asked, "rows": list(rows.values())})
+
+
+def load_growth(path: Path, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """{tasks: row} of what was measured with these settings; {} if nothing was.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = path / FOLDER / GROWTH
+    found = read_json(file) if file.exists() else {}
+    if any(found.get(name) != value for name, value in asked.items()):
+        return {}
+    return {row["tasks"]: row for row in found["rows"]}
+
+
+def write_artifact(file: Path, weights: Tree, seed: int, about: Mapping[str, Any], packed: Sequence[np.ndarray]) -> int:
     """Writes one file of all masks and the seed of the network that they share; returns its size in bytes.
 
     Args:
       file: a .safetensors file; an older one is replaced.
       weights: signed constants that were drawn with `seed`.
-      packed: uint8 [bytes] for each task, from task 0 on.
       seed: of the run.
       about: what else the file tells.
+      packed: uint8 [bytes] for each task, from task 0 on.
     """
     weights = jax.tree.map(np.asarray, weights)
     subnets = {name_of(task): sm.Subnet(weights, unpack(masks, weights)) for task, masks in enumerate(packed)}

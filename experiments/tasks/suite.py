@@ -1,6 +1,7 @@
 """A run of many tasks from its settings to its files: masks, the file of all masks, inference, summary, picture."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _finish(
 ) -> dict[str, Any]:
     path = workdir.path
     trainer = Trainer(config, dataset, split, stop_requested=stop_requested)
-    packed, records, growth = [], [], []
+    packed, records = [], []
     with Display(config.tasks, trainer.steps, split.name) as shown:
         for task in range(config.tasks):
             found = stored.load_task(path, task, trainer.weights)
@@ -82,18 +83,31 @@ def _finish(
             packed.append(found[0])
             records.append(found[1])
             shown.task(found[1], fresh)
-        about = _about(config, dataset)
-        inference = Inference(config, trainer, split.source)
+        pause = partial(_stop_if, stop_requested, path)
+        inference = Inference(config, trainer, split.source, pause)
+        write = partial(
+            stored.write_artifact, path / artifact.FILE, trainer.weights, config.seed, _about(config, dataset)
+        )
+        asked = {name: getattr(config, name) for name in CHANGE_NO_MASK if name != "tasks"}
+        growth = stored.load_growth(path, asked)
         for count in counts(config.tasks):
-            if stop_requested():
-                raise Interrupted(f"stopped by a signal; all {config.tasks} tasks are saved in {path}.")
-            size = stored.write_artifact(path / artifact.FILE, trainer.weights, packed[:count], config.seed, about)
-            growth.append({"tasks": count, "file_bytes": size, **inference.measure(np.stack(packed[:count]))})
+            pause()
+            if count not in growth or count == config.tasks:
+                size = write(packed[:count])
+            if count not in growth:
+                growth[count] = {"tasks": count, "file_bytes": size, **inference.measure(np.stack(packed[:count]))}
+                stored.save_growth(path, asked, growth)
             if count > 1:
-                shown.inferred(growth[-1])
-    result = _summary(config, dataset, split, trainer, records, growth)
+                shown.inferred(growth[count])
+    result = _summary(config, dataset, split, trainer, records, [growth[count] for count in counts(config.tasks)])
     workdir.finish(result, lambda: style.save(tasks.many_tasks(result), path / "many_tasks.png"))
     return result
+
+
+def _stop_if(stop_requested: Callable[[], bool], path: Path) -> None:
+    """Raises Interrupted if a signal came after the training of all tasks."""
+    if stop_requested():
+        raise Interrupted(f"stopped by a signal; all tasks are saved in {path}.")
 
 
 def counts(tasks: int) -> list[int]:
@@ -111,10 +125,11 @@ class Inference:
       config: the settings.
       trainer: of the network and the tasks.
       source: of the images.
+      pause: called now and then while it computes; it may raise.
     """
 
-    def __init__(self, config: ManyTasks, trainer: Trainer, source: Source):
-        self._superposition = Superposition(trainer.logits, trainer.weights, config.temperature)
+    def __init__(self, config: ManyTasks, trainer: Trainer, source: Source, pause: Callable[[], None]):
+        self._superposition = Superposition(trainer.logits, trainer.weights, config.temperature, pause)
         self._permutation = trainer.permutation
         key = leaf_key(jax.random.key(config.seed), "inference")
         chosen = np.asarray(jax.random.permutation(key, len(source)))[: config.inferred_images]
@@ -139,12 +154,12 @@ class Inference:
         groups = seen[:, None]  # of one image each
 
         def accuracy(tasks: np.ndarray) -> float:
-            classes = superposition.predictions(self._superposition, groups, tasks, packed)
+            classes = np.argmax(self._superposition.logits(groups, tasks, packed), axis=-1)
             return float(np.mean(classes[:, 0] == self._batch["label"]))
 
+        one_shot, binary = superposition.infer(self._superposition, groups, packed)
         figures = {"told_accuracy": accuracy(own)}
-        for name, infer in (("one_shot", superposition.one_shot), ("binary", superposition.binary_search)):
-            inferred = infer(self._superposition, groups, packed)
+        for name, inferred in (("one_shot", one_shot), ("binary", binary)):
             figures |= {name: float(np.mean(inferred == own)), f"{name}_accuracy": accuracy(inferred)}
         return figures
 

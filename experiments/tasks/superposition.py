@@ -16,7 +16,7 @@ import supermask_jax as sm
 from experiments.data.batches import in_batches
 from supermask_jax.trees import Tree, by_path, map_with_name
 
-MASKS_AT_ONCE = 20
+MASKS_AT_ONCE = 50
 GROUPS_AT_ONCE = 50
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -49,11 +49,14 @@ class Superposition:
       logits: the network, without masks.
       weights: every parameter.
       temperature: what the logits are divided by in the entropy.
+      pause: called now and then while it computes; it may raise.
     """
 
-    def __init__(self, logits: Logits, weights: Tree, temperature: float = 1.0):
+    def __init__(
+        self, logits: Logits, weights: Tree, temperature: float = 1.0, pause: Callable[[], None] = lambda: None
+    ):
         shapes = sm.trees.prunable(weights)
-        self._weights, self._size = weights, sum(map(math.prod, shapes.values()))
+        self._weights, self._size, self._pause = weights, sum(map(math.prod, shapes.values())), pause
 
         def bits(packed: jax.Array) -> jax.Array:
             return jnp.unpackbits(packed, axis=1)[:, : self._size].astype(jnp.float32)
@@ -76,7 +79,7 @@ class Superposition:
         def along(slopes: jax.Array, packed: jax.Array) -> jax.Array:
             return jnp.dot(slopes, bits(packed).T, precision=HIGHEST)
 
-        self._add, self._along = sm.jit(add, donate_argnums=0), sm.jit(along)
+        self._bits, self._add, self._along = sm.jit(bits), sm.jit(add, donate_argnums=0), sm.jit(along)
         self._slopes, self._outputs = sm.jit(slopes), sm.jit(jax.vmap(outputs, in_axes=(0, None, 0)))
 
     def entropies(self, images: np.ndarray, alphas: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -88,71 +91,54 @@ class Superposition:
           packed: uint8 [tasks, bytes].
         """
         chunks = in_batches(packed, MASKS_AT_ONCE)
-
-        def part(total: jax.Array, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            values, slopes = self._slopes(total, self._weights, images)
-            found = np.concatenate([np.asarray(self._along(slopes, chunk)) for chunk in chunks], axis=1)
-            return np.asarray(values), found[:, : len(packed)]
-
-        return self._in_parts(part, images, alphas, chunks)
-
-    def logits(self, images: np.ndarray, alphas: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        """The outputs [groups, n, outputs] of the network whose masks have these coefficients; see `entropies`."""
-
-        def part(total: jax.Array, images: np.ndarray) -> tuple[np.ndarray]:
-            return (np.asarray(self._outputs(total, self._weights, images)),)
-
-        return self._in_parts(part, images, alphas, in_batches(packed, MASKS_AT_ONCE))[0]
-
-    def _in_parts(self, part: Callable, images: np.ndarray, alphas: np.ndarray, chunks: np.ndarray) -> Any:
-        """The results of part(total [groups, weights], images) for so many groups at a time, joined."""
-        padded = np.zeros((len(alphas), chunks.shape[0] * MASKS_AT_ONCE), np.float32)
-        padded[:, : alphas.shape[1]] = alphas
-        results = []
+        padded = np.zeros((len(alphas), len(chunks) * MASKS_AT_ONCE), np.float32)
+        padded[:, : len(packed)] = alphas
+        values, gradients = [], []
         for groups, coefficients in zip(*(in_batches(a, GROUPS_AT_ONCE) for a in (images, padded)), strict=True):
+            self._pause()
             total = jnp.zeros((GROUPS_AT_ONCE, self._size), jnp.float32)
             for chunk, of_chunk in zip(chunks, np.split(coefficients, len(chunks), axis=1), strict=True):
                 total = self._add(total, of_chunk, chunk)
-            results.append(part(total, groups))
-        return tuple(np.concatenate(arrays)[: len(images)] for arrays in zip(*results, strict=True))
+            value, slopes = self._slopes(total, self._weights, groups)
+            values.append(np.asarray(value))
+            gradients.append(np.concatenate([np.asarray(self._along(slopes, chunk)) for chunk in chunks], axis=1))
+        return np.concatenate(values)[: len(images)], np.concatenate(gradients)[: len(images), : len(packed)]
+
+    def logits(self, images: np.ndarray, tasks: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        """The outputs [groups, n, outputs] under the masks of one task for each group.
+
+        Args:
+          images: [groups, n, ...], as `logits` takes them.
+          tasks: int [groups].
+          packed: uint8 [tasks, bytes].
+        """
+        results = []
+        for groups, chosen in zip(*(in_batches(a, GROUPS_AT_ONCE) for a in (images, packed[tasks])), strict=True):
+            self._pause()
+            results.append(np.asarray(self._outputs(self._bits(chosen), self._weights, groups)))
+        return np.concatenate(results)[: len(images)]
 
 
-def one_shot(superposition: Superposition, images: np.ndarray, packed: np.ndarray) -> np.ndarray:
-    """int [groups]: the tasks inferred by one gradient, at equal coefficients.
+def infer(superposition: Superposition, images: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tasks inferred by one gradient, and those by binary search: two arrays, int [groups].
+
+    One gradient at equal coefficients infers the task of its steepest descent. Binary search leaves the half of the
+    tasks with the steepest descent, and takes the gradient at equal coefficients of those again, until one is left.
 
     Args:
       superposition: of the network.
       images: [groups, n, ...].
       packed: uint8 [tasks, bytes].
     """
-    alphas = np.full((len(images), len(packed)), 1 / len(packed), np.float32)
-    return np.argmin(superposition.entropies(images, alphas, packed)[1], axis=1)
-
-
-def binary_search(superposition: Superposition, images: np.ndarray, packed: np.ndarray) -> np.ndarray:
-    """int [groups]: the tasks inferred by one gradient for each halving of the tasks that are left.
-
-    Each time the half with the steepest fall of the entropy is left, at equal coefficients.
-
-    Args:
-      superposition: of the network.
-      images: [groups, n, ...].
-      packed: uint8 [tasks, bytes].
-    """
-    left = np.ones((len(images), len(packed)), bool)
-    while left[0].sum() > 1:  # as many in every group
-        count = int(left[0].sum())
+    left, one_shot = np.ones((len(images), len(packed)), bool), np.zeros(len(images), int)
+    while (count := int(left[0].sum())) > 1:  # as many in every group
         gradients = superposition.entropies(images, left.astype(np.float32) / count, packed)[1]
+        if count == len(packed):
+            one_shot = np.argmin(gradients, axis=1)
         order = np.argsort(np.where(left, gradients, np.inf), axis=1, kind="stable")
         left = np.zeros_like(left)
         np.put_along_axis(left, order[:, : (count + 1) // 2], True, axis=1)
-    return np.argmax(left, axis=1)
-
-
-def predictions(superposition: Superposition, images: np.ndarray, tasks: np.ndarray, packed: np.ndarray) -> np.ndarray:
-    """int [groups, n]: the classes that images are given under the masks of their tasks, int [groups]."""
-    alphas = (tasks[:, None] == np.arange(len(packed))).astype(np.float32)
-    return np.argmax(superposition.logits(images, alphas, packed), axis=-1)
+    return one_shot, np.argmax(left, axis=1)
 
 
 def _split(flat: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

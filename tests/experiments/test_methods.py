@@ -23,7 +23,7 @@ from supermask_jax.trees import by_path, leaf_key
 
 STEPS = 6
 KEY = jax.random.key(4)
-LEARNS = {"edge-popup": "scores", "bernoulli": "scores", "dense": "weights"}
+LEARNS = {"edge-popup": "scores", "bernoulli": "scores", "threshold": "scores", "dense": "weights"}
 LEARNS |= dict.fromkeys(("random", "magnitude", "snip", "grasp", "synflow", "gradual", "set", "rigl"), "weights")
 RATES = {"edge-popup": 0.05, "bernoulli": 20.0}  # else 0.05
 FIXED = ("random", "magnitude", "snip", "grasp", "synflow")

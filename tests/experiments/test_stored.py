@@ -54,7 +54,11 @@ def evaluate(file, **settings):
     return stored.evaluate(changed(Config(), evaluate=str(file), **settings))
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("edge-popup", "bernoulli", "dense", "gradual")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", EACH)
 def test_the_file_of_every_method_is_evaluated_to_the_figures_of_its_run(method, tmp_path, opened, capsys):
     summary = fit(tmp_path, method)
     file = tmp_path / artifact.FILE

@@ -150,7 +150,8 @@ def test_the_summary_on_disk_is_what_main_returns_and_the_picture_is_real(compar
     assert {file.name for file in (folder / "compare").iterdir()} == {"summary.json", "compare.png"}
     assert_is_a_picture(folder / "compare" / "compare.png")
     for cell in (folder / "cells").iterdir():  # of which checkpoints are not needed, once it is finished
-        assert {file.name for file in cell.iterdir()} == {".lock", "config.json", "metrics.jsonl", "summary.json"}
+        own = {".lock", "config.json", "metrics.jsonl", "summary.json", "subnetwork.safetensors"}
+        assert {file.name for file in cell.iterdir()} == own
 
 
 def test_a_second_run_trains_nothing_and_a_wider_one_only_the_new_cells(compared, tmp_path, monkeypatch):
@@ -203,7 +204,7 @@ def test_methods_that_take_no_density_have_one_cell_for_each_seed(tmp_path, monk
     grid = grid_of(monkeypatch, compare, settings)
     requested = [(c.labels["method"], c.labels["asked"], c.config.seed) for c in grid]
     for method in compare.ALL:
-        densities = [1.0] if method in ("dense", "bernoulli") else [0.7, 0.2]
+        densities = [1.0] if method in ("dense", "bernoulli", "threshold") else [0.7, 0.2]
         assert [r for r in requested if r[0] == method] == [(method, d, s) for d in densities for s in (0, 1)]
     assert len(requested) == len(set(requested))
 
@@ -240,7 +241,13 @@ def test_the_directory_of_a_cell_has_the_name_that_it_always_had(command, place,
 
 def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     base = changed(cells.cell({}, "random").config, dataset="mnist-5k")
-    elsewhere = {"data_dir", "workdir", "checkpoint_every", "preset"}  # where it lies does not change a cell ...
+    elsewhere = {
+        "data_dir",
+        "workdir",
+        "checkpoint_every",
+        "preset",
+        "evaluate",
+    }  # where it lies does not change a cell ...
     elsewhere |= {"devices", "parallel", "shard_scores"}  # ... nor what it is trained on
     elsewhere |= {"coordinator", "num_processes", "process_id"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}

@@ -1,5 +1,7 @@
 """Small networks of every kind that a file can hold."""
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,6 +21,24 @@ SHAPES = {
     "Dense_0": {"kernel": (45, 10), "bias": (10,)},
 }
 DRAWN = ("signed_constant", "unsigned_constant", "kaiming_normal", "glorot_normal", "kaiming_uniform")
+
+
+@contextlib.contextmanager
+def limited_memory(more: int = 2**32):
+    """This process may take so many bytes more, where the system can say so: a fault must not take the machine's."""
+    if not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    import resource
+
+    with open("/proc/self/statm") as now:
+        size = int(now.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Network(NamedTuple):

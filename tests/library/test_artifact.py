@@ -467,7 +467,10 @@ def test_a_network_that_claims_more_memory_than_allowed_is_refused_before_it_is_
 
     rewritten(file, huge)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=f"{file}: its network takes .*more than the bound of {2**24} for a file of"):
+    with (
+        networks.limited_memory(),
+        pytest.raises(ValueError, match=f"{file}: its network takes .*more than the bound of {2**24} for a file of"),
+    ):
         sm.load_subnetwork(file)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()

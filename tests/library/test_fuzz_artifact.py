@@ -37,6 +37,12 @@ KINDS = (
 MOST_SECONDS, MOST_BYTES = 5, 2**28  # of one file, of a few hundred bytes: its network may claim 16 MiB
 
 
+@pytest.fixture(autouse=True)
+def little_memory():
+    with networks.limited_memory():
+        yield
+
+
 def fuzz(examples):
     """The same examples at each run, and no limit to the time that one takes: the first of a shape compiles."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -308,14 +314,12 @@ def test_hostile_indices_of_the_arrays_are_refused_or_do_not_matter(times=QUICK)
 
 
 WITHIN_LIMITS = """
-import resource
 import test_fuzz_artifact as fuzz
 
 for kind in fuzz.KINDS:
     fuzz.right_of(kind)
-with open("/proc/self/statm") as now:
-    size = int(now.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
+limit = fuzz.networks.limited_memory(2**30)
+limit.__enter__()
 fuzz.test_mutated_bytes_are_refused_or_do_not_matter(fuzz.LONG)
 fuzz.test_hostile_headers_are_refused_or_do_not_matter(fuzz.LONG)
 fuzz.test_hostile_indices_of_the_arrays_are_refused_or_do_not_matter(fuzz.LONG)
