@@ -80,15 +80,10 @@ def save_subnetwork(
         raise TypeError("save_subnetwork takes a Subnet, a Method, or {name: Subnet or Method}")
     if not isinstance(origin, Origin):
         raise TypeError(f"origin must be artifact.Drawn, Stored or Base, got {type(origin).__name__}")
-    weights = _subnet(next(iter(many.values()))).weights
-    for name, leaf in arrays_of(weights).items():
-        if leaf.dtype.name not in container.DTYPES.values():
-            raise ValueError(f"{name!r} has {leaf.dtype} numbers; a file holds {', '.join(container.DTYPES.values())}")
-    for name, one in many.items():
-        if not name or "/" in name or (name == ONLY and many is subnet_or_method):
+    for name in subnet_or_method if many is subnet_or_method else ():
+        if not name or "/" in name or name == ONLY:
             raise ValueError(f"masks cannot have the name {name!r}: not an empty one, nor {ONLY!r}, nor with a slash")
-        if container.digest(arrays_of(_subnet(one).weights)) != container.digest(arrays_of(weights)):
-            raise ValueError(f"the weights under {name!r} are not those of the first masks: a file holds one origin")
+    weights = _weights_of_all(many)
     masks = {name: _masks(one) for name, one in many.items()}
     values = {name: {path: value for path, (value, _) in leaves.items()} for name, leaves in masks.items()}
     header, arrays, loaded = origins.store(origin, weights, _kept(values))
@@ -120,8 +115,8 @@ def load_subnetwork(
 ) -> Subnetwork:
     """Reads a network that `save_subnetwork` wrote: (weights, masks, model_state, about).
 
-    Nothing in the file is executed, and every part of it is checked: weights, masks and state have the hashes that they
-    had when they were saved.
+    Nothing in the file is executed. Weights, masks and state have the hashes that they had when they were saved; what
+    `about` tells has a checksum only.
 
         weights, masks, model_state, about = sm.load_subnetwork("net.safetensors")
         logits = model.apply({"params": sm.subnetwork(sm.identity, sm.Subnet(weights, masks)), **model_state}, images)
@@ -168,6 +163,21 @@ def load_run(workdir: str | Path) -> Subnetwork:
 
 def _subnet(one: Subnet | Method) -> Subnet:
     return one.subnet if isinstance(one, Method) else one
+
+
+def _weights_of_all(many: Mapping[str, Subnet | Method]) -> Params:
+    """The weights that all have in common; ValueError where they differ, or a file cannot hold them."""
+    first, *others = many
+    weights = _subnet(many[first]).weights
+    for path, leaf in arrays_of(weights).items():
+        if leaf.dtype.name not in container.DTYPES.values():
+            raise ValueError(f"{path!r} has {leaf.dtype} numbers; a file holds {', '.join(container.DTYPES.values())}")
+    others = [name for name in others if _subnet(many[name]).weights is not weights]
+    digest = container.digest(arrays_of(weights)) if others else ""
+    for name in others:
+        if container.digest(arrays_of(_subnet(many[name]).weights)) != digest:
+            raise ValueError(f"the weights under {name!r} are not those of the first masks: a file holds one origin")
+    return weights
 
 
 def _masks(one: Subnet | Method) -> dict[str, tuple[np.ndarray, float | None]]:

@@ -6,7 +6,6 @@ Nothing here executes or imports what a file says. `docs/format.md` tells the fo
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,19 +67,25 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
     # Its metadata come first, in either order; the same network is the same file.
     right, wrong = (json.dumps(dict(order), separators=(",", ":")).encode() for order in (METADATA, METADATA[::-1]))
     content = content[:100].replace(wrong, right) + content[100:]
-    path = Path(path)
-    handle, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    replace(Path(path), content)
+    return len(content)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file atomically, and to the disk: an interruption leaves the old one.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(handle, "wb") as stream:
+        with open(new, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(new, 0o666 & ~_umask())
         os.replace(new, path)
-    except BaseException:
-        Path(new).unlink(missing_ok=True)
-        raise
-    return len(content)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
@@ -156,9 +161,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -135,7 +135,7 @@ def store(origin: Origin, weights: Params, kept: Leaves) -> tuple[Header, Leaves
         if origin.dtype not in (None, *NARROW):
             raise ValueError(f"dtype must be None or one of {', '.join(NARROW)}, got {origin.dtype!r}")
         for path, leaf in leaves.items():
-            leaves[path] = _store_kept(origin.dtype, path, leaf, kept.get(path), entries[path], arrays)
+            leaves[path] = _store_kept(origin.dtype, path, leaf, kept.get(path), arrays)
         return {"origin": {"kind": "stored"}, "leaves": entries}, arrays, leaves
     key = _key_of(origin)
     drawn = recipe(origin.initializer, weights, origin.density, origin.where, origin.fan_in, origin.fan_out)
@@ -255,9 +255,7 @@ def _fill(leaf: np.ndarray) -> float | None:
     return value if np.full(leaf.shape, value, leaf.dtype).tobytes() == leaf.tobytes() else None
 
 
-def _store_kept(
-    dtype: str | None, path: str, leaf: np.ndarray, kept: np.ndarray | None, entry: Header, arrays: Leaves
-) -> np.ndarray:
+def _store_kept(dtype: str | None, path: str, leaf: np.ndarray, kept: np.ndarray | None, arrays: Leaves) -> np.ndarray:
     """Adds the kept weights of a leaf to the arrays; returns the leaf as it will be loaded."""
     if kept is None:  # biases and the like: few, and kept whole
         arrays[f"weights/{path}"] = leaf

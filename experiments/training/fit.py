@@ -55,10 +55,10 @@ def run(config: Run, experiment: str) -> dict:
       UserError: as `fit` and, with `evaluate`, as `stored.evaluate`; and the data are missing or damaged.
     """
     machine = config.machine
-    if config.evaluate:
-        return stored.evaluate(config)
     processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
     processes.require_same_settings(flat(config))
+    if config.evaluate:
+        return stored.evaluate(config)
     dataset = processes.in_turn(partial(open_data, config.data))
     ood = processes.in_turn(partial(load_ood, config.evaluation.ood, config.data.data_dir, dataset))
     why = METHODS[config.masks.method].free_density

@@ -53,7 +53,7 @@ def save(parts: Parts, folder: Path, subnet: sm.Subnet, model_state: Tree, figur
 
 def describe(model: Model, dataset: Dataset) -> dict[str, Any]:
     """What the file of a network must tell, so that the network can be built and given images again."""
-    entry = MODELS[model.model]
+    entry, versions = MODELS[model.model], summary.versions()
     return {
         "model": model.model,
         "architecture": entry.target.partition(":")[2],
@@ -64,7 +64,7 @@ def describe(model: Model, dataset: Dataset) -> dict[str, Any]:
         "std": [float(value) for value in dataset.std],
         "dataset": dataset.name,
         "data": dataset.fingerprint,
-        "versions": {name: summary.versions()[name] for name in ("supermask-jax", "jax")},
+        "versions": {name: versions[name] for name in ("supermask-jax", "jax")},
     }
 
 

@@ -553,7 +553,7 @@ def test_a_full_disk_or_an_interrupt_leaves_the_older_file_and_nothing_else(file
         ("fsync", OSError(errno.ENOSPC, "No space left on device")),
         ("replace", KeyboardInterrupt()),
         ("fsync", KeyboardInterrupt()),
-        ("chmod", PermissionError()),
+        ("replace", PermissionError()),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fails(error))
