@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from experiments.run.errors import DataError, UserError
-from supermask_jax import container
 
 
 def read_json(file: Path) -> dict:
@@ -44,8 +44,16 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    with naming(file):
-        container.replace(file, content)
+    """Writes a file atomically: an interruption leaves the old one."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with naming(file), open(new, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:

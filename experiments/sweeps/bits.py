@@ -33,6 +33,7 @@ ACCURACIES = (0.9, 0.95, 0.97, 0.98, 0.985)  # the smallest file that reaches ea
 # subnetworks of 2 % collapse.
 RATE = 0.2
 SMALL_DEPTH = 2  # hidden layers
+FIGURES = ("test_accuracy", "test_loss")  # of a run, in its file
 LABELS = ("family", "network", "asked")  # of a cell
 
 
@@ -154,6 +155,7 @@ def files(
 def _convert(own: Path, file: Path, dtype: Any) -> Path:
     """Stores a network with its trained weights in another number format; returns the file."""
     weights, masks, state, about = sm.load_subnetwork(own)
+    about = {name: value for name, value in about.items() if name not in FIGURES}  # they are of other weights
     if not jax.tree.leaves(masks):  # what no mask is on is not converted: of a dense network, all
 
         def kept(path, leaf):

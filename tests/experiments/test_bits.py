@@ -59,6 +59,7 @@ def rows_of(summary, **wanted):
     return [row for row in summary["rows"] if all(row[name] == value for name, value in wanted.items())]
 
 
+@pytest.mark.slow
 def test_every_network_has_a_row_for_each_format_of_its_file(measured):
     _, summary = measured
     lines = [(row["line"], row["network"], row["asked"]) for row in summary["rows"]]
@@ -71,6 +72,7 @@ def test_every_network_has_a_row_for_each_format_of_its_file(measured):
     assert len(summary["points"]) == len(lines) and {row["seed"] for row in summary["rows"]} == {0}
 
 
+@pytest.mark.slow
 def test_a_row_has_the_size_and_the_accuracy_of_a_file_on_disk(measured):
     path, summary = measured
     sizes = sorted(file.stat().st_size for file in path.parent.rglob("*.safetensors"))
@@ -83,6 +85,7 @@ def test_a_row_has_the_size_and_the_accuracy_of_a_file_on_disk(measured):
             assert row["test_accuracy"] == row["trained_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_narrower_format_makes_every_trained_file_smaller_and_a_supermask_is_smaller_still(measured):
     _, summary = measured
     for row in rows_of(summary, stored="float32"):
@@ -93,6 +96,7 @@ def test_a_narrower_format_makes_every_trained_file_smaller_and_a_supermask_is_s
     assert supermask["file_bytes"] < min(row["file_bytes"] for row in rows_of(summary, family="gradual"))
 
 
+@pytest.mark.slow
 def test_a_converted_network_differs_from_the_trained_one_by_rounding_alone(measured):
     path, _ = measured
     converted = list((path / "networks").iterdir())
@@ -100,7 +104,11 @@ def test_a_converted_network_differs_from_the_trained_one_by_rounding_alone(meas
     for file in converted:
         cell, _, dtype = file.stem.rpartition("-")
         own = path.parent / "cells" / cell / artifact.FILE
-        (before, masks, *_), (after, *_) = sm.load_subnetwork(own), sm.load_subnetwork(file)
+        (before, masks, _, told), (after, _, _, about) = sm.load_subnetwork(own), sm.load_subnetwork(file)
+        assert told.items() - about.items() == {
+            ("test_accuracy", told["test_accuracy"]),
+            ("test_loss", told["test_loss"]),
+        }
         for layer, leaves in before.items():
             kernel, rounded = np.asarray(leaves["kernel"]), np.asarray(after[layer]["kernel"])
             step = np.abs(kernel).max(axis=0) / {"int8": 127, "int4": 7}[dtype]
@@ -108,6 +116,7 @@ def test_a_converted_network_differs_from_the_trained_one_by_rounding_alone(meas
             assert masks[layer]["kernel"] is None or ((rounded != 0) <= (np.asarray(masks[layer]["kernel"]) == 1)).all()
 
 
+@pytest.mark.slow
 def test_the_files_of_the_sweep_are_its_summary_its_picture_and_the_converted_networks(measured):
     path, summary = measured
     assert {file.name for file in path.iterdir()} == {"summary.json", "bits.png", "networks"}
@@ -116,6 +125,7 @@ def test_the_files_of_the_sweep_are_its_summary_its_picture_and_the_converted_ne
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.slow
 def test_a_second_sweep_trains_nothing_and_a_file_that_is_gone_is_left_out(measured, monkeypatch, capsys):
     path, summary = measured
     monkeypatch.setattr(cells, "open_data", lambda data: images())

@@ -46,6 +46,7 @@ def extending() -> dict:
     return run(EXTENDING)
 
 
+@pytest.mark.slow
 def test_rigl_in_a_loop_is_short_and_trains_at_its_density():
     setup, loop = blocks(EXTENDING, "python")[:2]
     assert "rigl" in loop
@@ -59,6 +60,7 @@ def test_rigl_in_a_loop_is_short_and_trains_at_its_density():
     assert moved.any()
 
 
+@pytest.mark.slow
 def test_the_method_of_the_page_draws_its_masks_again(extending):
     tx, batch = extending["tx"], extending["batch"]
     masks = Masks(density=0.3, update_every=2)

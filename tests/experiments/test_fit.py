@@ -83,6 +83,7 @@ def test_weights_and_scores_are_drawn_from_keys_of_the_seed_by_name():
 # What happens between the steps.
 
 
+@pytest.mark.slow
 def test_rigl_is_given_the_very_batch_that_the_last_step_used(tmp_path, monkeypatch):
     """Its gradient is that of the images that the weights have just been trained on, shuffled as they were."""
     build, given = methods.rigl, []
@@ -140,6 +141,7 @@ def test_at_one_step_masks_change_then_are_evaluated_then_are_saved_then_trainin
     assert seen == [(0, "evaluate"), (5, "update"), (5, "evaluate"), (5, "save")]
 
 
+@pytest.mark.slow
 def test_a_pause_comes_at_least_every_fifty_steps(tmp_path, monkeypatch):
     calls, call = [], OnDevice.__call__
 
@@ -152,7 +154,7 @@ def test_a_pause_comes_at_least_every_fifty_steps(tmp_path, monkeypatch):
     assert calls == [(0, 50), (50, 100), (100, 130)]
 
 
-@pytest.mark.parametrize("method", ["edge-popup", "rigl"])
+@pytest.mark.parametrize("method", ["edge-popup", pytest.param("rigl", marks=pytest.mark.slow)])
 def test_after_the_first_epoch_nothing_is_compiled(tmp_path, monkeypatch, method):
     """Also after masks have changed, and after a checkpoint: all that changes is an argument."""
     events, at, append = [], {}, Workdir.append

@@ -36,6 +36,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
     assert "| lenet-300-100 | gradual | 0.03 |" in table and "sparse, batch 4 |" in table
 
 
+@pytest.mark.slow
 def test_sparse_layers_are_dense_layers():
     rng = np.random.default_rng(0)
     kernels = [rng.normal(size=shape).astype(np.float32) * (rng.random(shape) < 0.3) for shape in ((6, 5), (5, 3))]

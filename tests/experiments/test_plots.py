@@ -121,7 +121,7 @@ def assert_drawn(ax):
 
 @pytest.mark.parametrize(
     "shapes, masks",
-    [(CONVNET, "popup"), (CONVNET, "none"), (LENET, "popup"), (DEEP, "popup")],
+    [(CONVNET, "popup"), (CONVNET, "none"), (LENET, "popup"), pytest.param(DEEP, "popup", marks=pytest.mark.slow)],
     ids=["convnet", "dense", "lenet", "deep"],
 )
 def test_a_run_leaves_pictures_of_something(tmp_path, shapes, masks):

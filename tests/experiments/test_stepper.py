@@ -96,7 +96,8 @@ def test_the_order_of_an_epoch_is_that_of_the_batches(drop_remainder):
 # Steps.
 
 
-@pytest.mark.parametrize("steps_per_call", [pytest.param(4, marks=pytest.mark.slow), 25])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_per_call", (4, 25))
 def test_many_steps_per_call_do_what_single_calls_do(steps_per_call):
     source, order = images(320), epoch_order(KEY, 0, 320, 32)
 

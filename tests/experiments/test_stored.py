@@ -54,7 +54,7 @@ def evaluate(file, **settings):
     return stored.evaluate(changed(Config(), evaluate=str(file), **settings))
 
 
-QUICK = ("edge-popup", "bernoulli", "dense", "gradual")
+QUICK = ("edge-popup", "dense")
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
@@ -75,7 +75,9 @@ def test_the_file_of_every_method_is_evaluated_to_the_figures_of_its_run(method,
     assert "the same accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", INITIALIZERS)
+@pytest.mark.parametrize(
+    "init", [name if name == "kaiming-normal" else pytest.param(name, marks=pytest.mark.slow) for name in INITIALIZERS]
+)
 def test_frozen_weights_are_a_seed_whatever_they_are_drawn_from(init, tmp_path, opened):
     summary = fit(tmp_path, "edge-popup", init=init, seed=7, epochs=1, scale_weights=True)
     header = artifact.container.read(tmp_path / artifact.FILE)[0]
@@ -83,6 +85,7 @@ def test_frozen_weights_are_a_seed_whatever_they_are_drawn_from(init, tmp_path, 
     assert evaluate(tmp_path / artifact.FILE)["test_loss"] == summary["test_loss"]
 
 
+@pytest.mark.slow
 def test_rescaled_masks_come_back(tmp_path, opened):
     summary = fit(tmp_path, "bernoulli", rescale=True)
     assert evaluate(tmp_path / artifact.FILE)["test_loss"] == summary["test_loss"]

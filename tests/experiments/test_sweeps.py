@@ -455,6 +455,7 @@ def test_pruning_only_draws_its_rows(tmp_path, not_trained, monkeypatch):
         assert_is_a_picture(picture)
 
 
+@pytest.mark.slow
 def test_the_construction_comes_nearer_with_more_candidates_on_images_of_any_shape(monkeypatch):
     monkeypatch.setattr(target, "EPOCHS", 40)
     built = target.construct((1, 6), 1, tiny(shape=(5, 4, 3)))

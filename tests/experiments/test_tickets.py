@@ -116,6 +116,7 @@ def test_interrupted_anywhere_it_ends_the_same_and_trains_nothing_twice(tmp_path
     assert without_times(rounds.run(broken, images())) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_networks(tmp_path):
     settings = config(tmp_path, pruned="freeze", trials=2)
     workdir = rounds.open_workdir(settings, images())
@@ -268,10 +269,8 @@ def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
     }
 
 
-SLOWER_SWEEPS = [pytest.param(name, marks=pytest.mark.slow) for name in ("early", "rounds", "criterion")]
-
-
-@pytest.mark.parametrize("sweep", ["rewind", *SLOWER_SWEEPS])
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ("rewind", "early", "rounds", "criterion"))
 def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep):
     setting, values, label = questions.SWEEPS[sweep]
     values = {"early": (0.4, 1.0), "rewind": (0, 10)}.get(sweep, (values[0], values[-1]))
@@ -288,6 +287,7 @@ def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep
     assert questions.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
 
 
+@pytest.mark.slow
 def test_untrained_masks_are_measured_for_every_criterion(tmp_path):
     summary = questions.run(config(tmp_path, sweep="untrained", steps=60), images())
     rows = {(r["criterion"], r["density"], r["start"]): r["test_accuracy"] for r in summary["rows"]}

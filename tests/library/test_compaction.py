@@ -177,7 +177,7 @@ CASES = {  # {network: (its maker, at most which part of the parameters is left)
     "attention": (lambda: Drawn(0.1).linen(Attention(), (5, 6, 1)), 0.8),
     "branches": (lambda: Drawn(0.2).linen(Branches(), (6, 6, 2)), 0.9),
 }
-SLOW = ("resnet-8", "affine resnet-8", "resnet-20", "bottleneck", "attention", "nnx")
+SLOW = ("resnet-8", "resnet-20", "affine resnet-20", "bottleneck", "attention", "nnx")
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])

@@ -85,6 +85,7 @@ def test_each_rounds_masks_lie_within_the_last_and_keep_their_exact_count(scope,
         assert kept == left if scope == "layer" else sum(kept.values()) == left[""]
 
 
+@pytest.mark.slow
 def test_twenty_rounds_on_lenet_give_the_published_densities():
     """Hidden layers at a fifth a round, the output layer at a tenth: Frankle & Carbin 2019, section 2."""
     model = models.LeNet300100(use_bias=False)
@@ -257,7 +258,7 @@ def same_function(model, weights, masks, smaller, small, x):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_bias", (False, True))
+@pytest.mark.parametrize("use_bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lenet_without_its_pruned_neurons_is_a_smaller_lenet(use_bias):
     model = models.LeNet300100(use_bias=use_bias)
     weights, masks, layers, x = pruned_network(model, (8, 49), 0.7)

@@ -227,6 +227,7 @@ def test_synflow_ranks_a_chain_as_the_published_scores_do():
 DEEP = chain([16] * 60 + [64] * 53)
 
 
+@pytest.mark.slow
 def test_synflow_of_112_layers_fits_in_float32_where_the_product_of_the_layers_does_not():
     flow = np.ones(16, np.float32)
     with np.errstate(all="ignore"):
