@@ -10,6 +10,7 @@ from supermask_jax import (
     densities,
     dynamic,
     initializers,
+    layouts,
     lottery,
     methods,
     metrics,
@@ -20,7 +21,8 @@ from supermask_jax.artifact import load_run, load_subnetwork, save_subnetwork
 from supermask_jax.backend import jit
 from supermask_jax.compaction import compact
 from supermask_jax.densities import keep_count
-from supermask_jax.initializers import equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
+from supermask_jax.layouts import describe, inspect
+from supermask_jax.leaves import Layout, Leaf, equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
 from supermask_jax.methods import Method
 from supermask_jax.selection import (
     global_masks,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from supermask_jax import models
 
 __all__ = [
+    "Layout",
+    "Leaf",
     "MaskFn",
     "Method",
     "ProductFn",
@@ -61,6 +65,7 @@ __all__ = [
     "construction",
     "densities",
     "density",
+    "describe",
     "dynamic",
     "edge_popup",
     "equinox_fan_in",
@@ -72,12 +77,14 @@ __all__ = [
     "init_scores",
     "init_state",
     "initializers",
+    "inspect",
     "is_kernel",
     "jit",
     "keep_count",
     "keep_highest",
     "layer_densities",
     "layerwise_masks",
+    "layouts",
     "load_run",
     "load_subnetwork",
     "lottery",

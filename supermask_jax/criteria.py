@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, prunable
+from supermask_jax.trees import Tree, Where, at_most_32_bits, by_path, is_kernel, leaf_key, map_with_name, prunable
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
 """(initial, final) -> scores, arrays of one shape."""
@@ -109,7 +109,7 @@ def criterion(
         if name == "random" and key is not None:  # float32: in bfloat16 most would tie, and ties are not random
             return jax.random.uniform(leaf_key(key, path), before.shape)
         if name in CRITERIA:
-            return CRITERIA[name](before, after)
+            return at_most_32_bits(CRITERIA[name](before, after))
         ranks = [_percentile_ranks(CRITERIA[part](before, after), kept.get(path)) for part in RANKED[name]]
         first, second = ranks
         return jnp.minimum(first, second)

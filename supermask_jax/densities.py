@@ -1,7 +1,9 @@
 """How many weights a density keeps, and how a density is divided among layers. Exact arithmetic on the host; no JAX.
 
-`random_masks` takes the layer densities. `shapes` is {path: shape} of the prunable leaves, which `trees.prunable`
-makes, in Flax layouts: (height, width, in, out) and (in, out).
+`random_masks` takes the layer densities. `shapes` is the `Layout` of the network, which `describe` makes; or
+{path: shape} of the prunable leaves, whose names then tell what the axes do: (height, width, in, out) and (in, out) as
+in Flax, or, of leaves called weight, (out, in, height, width) and (out, in). Each layer of a stack is a layer of its
+own; as they have one shape, they have one density.
 """
 
 import math
@@ -9,7 +11,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-Shapes = Mapping[str, tuple[int, ...]]
+from supermask_jax.leaves import Leaf, leaf_of
+
+Shapes = Mapping[str, tuple[int, ...]] | Mapping[str, Leaf]
 
 UNIFORM_PLUS_LAST = Fraction(1, 5)  # the density below which uniform_plus does not let the last layer fall
 
@@ -110,7 +114,7 @@ def uniform_plus(shapes: Shapes, density: float, first: str, last: str) -> dict[
 def er(shapes: Shapes, density: float) -> dict[str, float]:
     """Returns {path: fraction kept} by Erdos-Renyi: in proportion to (in + out) / (in * out); `overall` is `density`.
 
-    in and out are the last two axes; the others (a convolution's height and width) do not count. A layer whose fraction
+    A convolution's window does not count. A layer whose fraction
     would exceed 1 is made dense, and the other layers share what is left.
 
     Args:
@@ -123,7 +127,8 @@ def er(shapes: Shapes, density: float) -> dict[str, float]:
     Source: Mocanu et al. 2018 (SET); for convolutions, and for layers that would exceed 1, the released code of Liu et
     al. 2022.
     """
-    links = {path: int(sum(shape[-2:]) * math.prod(shape[:-2])) for path, shape in shapes.items()}
+    layers = _layers(shapes)
+    links = {path: number * sum(shape[-2:]) * math.prod(shape[:-2]) for path, (number, shape) in layers.items()}
     return _shared(links, _sizes(shapes), exact(density))
 
 
@@ -142,7 +147,8 @@ def erk(shapes: Shapes, density: float | Fraction) -> dict[str, float]:
 
     Source: Evci et al. 2020 (RigL), section 3, part 1, and its released code.
     """
-    return _shared({path: int(sum(shape)) for path, shape in shapes.items()}, _sizes(shapes), exact(density))
+    links = {path: number * sum(shape) for path, (number, shape) in _layers(shapes).items()}
+    return _shared(links, _sizes(shapes), exact(density))
 
 
 def erk_plus(shapes: Shapes, density: float, last: str, last_density: float = 1.0) -> dict[str, float]:
@@ -208,12 +214,22 @@ def _shared(links: dict[str, int], sizes: dict[str, int], density: Fraction) -> 
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {path: number * math.prod(shape) for path, (number, shape) in _layers(shapes).items()}
+
+
+def _layers(shapes: Shapes) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """{path: (how many layers the leaf stacks, the shape of each: a window, in, out)}."""
     if not shapes:
         raise ValueError("there is no layer to give a density to")
-    for path, shape in shapes.items():
+    layers = {}
+    for path, given in shapes.items():
+        shape = given.shape if isinstance(given, Leaf) else tuple(int(n) for n in given)
         if not shape or min(shape) < 1:
-            raise ValueError(f"{path!r} has the shape {tuple(shape)}: a layer has an axis, and weights")
-    return {path: math.prod(int(size) for size in shape) for path, shape in shapes.items()}
+            raise ValueError(f"{path!r} has the shape {shape}: a layer has an axis, and weights")
+        leaf = leaf_of(path, given if isinstance(given, Leaf) else shape)
+        known = leaf is not None and len(shape) >= 2  # else its last two axes count as in and out
+        layers[path] = (leaf.size("stack"), leaf.layer_shape) if leaf and known else (1, shape)
+    return layers
 
 
 def _check_path(what: str, path: str, shapes: Shapes) -> None:

@@ -77,7 +77,12 @@ _bits = partial(jax.jit, static_argnums=1)(bits)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], scale: np.float32) -> jax.Array:
-    return jnp.asarray(standard_normal(np.asarray(_bits(key, shape))) * scale)
+    words = _bits(key, shape)
+    if isinstance(words, jax.core.Tracer):
+        raise TypeError(
+            "normals are drawn on the host: draw the weights outside of jit, or from a uniform or constants"
+        )
+    return jnp.asarray(standard_normal(np.asarray(words)) * scale)
 
 
 DRAWS: Mapping[str, Draw] = {

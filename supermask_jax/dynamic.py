@@ -16,10 +16,11 @@ import numpy as np
 import optax
 
 from supermask_jax.densities import exact, keep_count
+from supermask_jax.leaves import Layout
 from supermask_jax.selection import keep_highest
 from supermask_jax.supermask import Key, Masks, Params, Scores, Subnet, identity, subnetwork
 from supermask_jax.train import LossFn, TrainState
-from supermask_jax.trees import Tree, by_path, ones_and_sizes, per_path
+from supermask_jax.trees import Tree, at_most_32_bits, by_path, layer_counts, ones_and_sizes, per_layer, stacks_of
 
 
 def cubic_density(step: int, begin: int, end: int, final: float, initial: float = 1.0) -> float:
@@ -75,7 +76,9 @@ def cosine_fraction(step: int, end: int, initial: float = 0.3) -> float:
     return round(float(first) / 2 * (1 + math.cos(math.pi * step / end)), 12)
 
 
-def magnitude_masks(weights: Params, masks: Masks, densities: float | Mapping[str, float]) -> Masks:
+def magnitude_masks(
+    weights: Params, masks: Masks, densities: float | Mapping[str, float], *, layout: Layout | None = None
+) -> Masks:
     """Returns masks of the `keep_count(density, size)` largest magnitudes of each layer among those that `masks` keep.
 
     Ties are broken by flat index, the lowest losing first.
@@ -83,7 +86,9 @@ def magnitude_masks(weights: Params, masks: Masks, densities: float | Mapping[st
     Args:
       weights: every parameter.
       masks: what is left; exactly 0 or 1, None at leaves that are not pruned.
-      densities: fraction kept of all weights of a layer, pruned ones included: one for all, or {path: fraction}.
+      densities: fraction kept of all weights of a layer, pruned ones included: one for all, or {path: fraction}, or
+        {"path[i]": fraction} for the layers of a stack.
+      layout: what tells which leaves stack layers. None means the names.
 
     Returns:
       Masks with the structure of `masks`; nothing pruned comes back.
@@ -94,12 +99,20 @@ def magnitude_masks(weights: Params, masks: Masks, densities: float | Mapping[st
 
     Source: Zhu & Gupta 2017, section 3, with the densities of `cubic_density`.
     """
-    sizes = {path: size for path, (_, size) in ones_and_sizes(masks).items()}
-    counts = {path: keep_count(part, sizes[path]) for path, part in per_path(densities, sizes).items()}
-    return keep_highest(_magnitudes(weights, masks), counts, within=masks)
+    sizes = {layer: size for layer, (_, size) in layer_counts(masks, layout).items()}
+    parts = per_layer(densities, stacks_of(masks, layout))
+    counts = {layer: keep_count(part, sizes[layer]) for layer, part in parts.items()}
+    return keep_highest(_magnitudes(weights, masks), counts, masks, layout=layout)
 
 
-def drop_and_grow(weights: Params, masks: Masks, growth: Scores, fraction: float | Mapping[str, float]) -> Masks:
+def drop_and_grow(
+    weights: Params,
+    masks: Masks,
+    growth: Scores,
+    fraction: float | Mapping[str, float],
+    *,
+    layout: Layout | None = None,
+) -> Masks:
     """Returns masks that drop the kept weights of least magnitude and grow those of highest `growth`, layer by layer.
 
     Of m kept weights, `keep_count(1 - fraction, m)` stay. Any other weight can be grown, also one that was just
@@ -113,6 +126,7 @@ def drop_and_grow(weights: Params, masks: Masks, growth: Scores, fraction: float
         `dense_gradient` (RigL). Leaves where `masks` are None are ignored.
       fraction: the part of the kept weights that is dropped, in [0, 1]: one for all layers, or {path: fraction}. See
         `cosine_fraction`.
+      layout: what tells which leaves stack layers, each of which keeps its count. None means the names.
 
     Returns:
       Masks with the structure, dtypes and layer counts of `masks`.
@@ -124,17 +138,26 @@ def drop_and_grow(weights: Params, masks: Masks, growth: Scores, fraction: float
     Source: Mocanu et al. 2018 (SET); Evci et al. 2020 (RigL), section 3, parts 3 and 4. RigL's released code adds noise
     to the magnitudes.
     """
-    left = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
-    stay = {path: keep_count(1 - _fraction(part), left[path]) for path, part in per_path(fraction, left).items()}
-    kept = keep_highest(_magnitudes(weights, masks), stay, within=masks)
-    growth = jax.tree.map(lambda weight, mask, score: None if mask is None else score, weights, masks, growth)
+    left = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
+    parts = per_layer(fraction, stacks_of(masks, layout))
+    stay = {layer: keep_count(1 - _fraction(part), left[layer]) for layer, part in parts.items()}
+    kept = keep_highest(_magnitudes(weights, masks), stay, masks, layout=layout)
+    growth = jax.tree.map(
+        lambda weight, mask, score: None if mask is None else at_most_32_bits(score), weights, masks, growth
+    )
     candidates = jax.tree.map(lambda mask: 1 - mask, kept)
-    grown = keep_highest(growth, {path: left[path] - stay[path] for path in left}, within=candidates)
+    grown = keep_highest(growth, {layer: left[layer] - stay[layer] for layer in left}, candidates, layout=layout)
     return jax.tree.map(lambda old, new: old + new.astype(old.dtype), kept, grown)
 
 
 def dense_gradient(
-    loss_fn: LossFn, subnet: Subnet, batch: Tree, *, model_state: Tree = None, key: Key | None = None
+    loss_fn: LossFn,
+    subnet: Subnet,
+    batch: Tree,
+    *,
+    model_state: Tree = None,
+    key: Key | None = None,
+    axis_name: str | None = None,
 ) -> Tree:
     """Returns the loss's gradient by weights * masks, also where the masks are 0; None at leaves that have no mask.
 
@@ -148,6 +171,7 @@ def dense_gradient(
       batch: the batch that the gradient is computed on.
       model_state: batch statistics and the like, that `loss_fn` is given.
       key: for dropout, that `loss_fn` is given.
+      axis_name: the pmap axis over which the gradient is averaged. On a mesh under jit, none is needed.
 
     Returns:
       A tree like the weights, None where `subnet.scores` are None.
@@ -161,6 +185,8 @@ def dense_gradient(
         raise ValueError("there is no mask: every leaf of the subnet's scores is None")
     params = subnetwork(identity, subnet)
     gradient, _ = jax.grad(lambda params: loss_fn(params, model_state, batch, key), has_aux=True)(params)
+    if axis_name is not None:
+        gradient = jax.lax.pmean(gradient, axis_name)
     return jax.tree.map(lambda slope, mask: None if mask is None else slope, gradient, subnet.scores)
 
 
@@ -217,7 +243,7 @@ def replace_masks(state: TrainState, tx: optax.GradientTransformation, masks: Ma
 
 
 def _magnitudes(weights: Params, masks: Masks) -> Scores:
-    return jax.tree.map(lambda weight, mask: None if mask is None else jnp.abs(weight), weights, masks)
+    return jax.tree.map(lambda weight, mask: None if mask is None else at_most_32_bits(jnp.abs(weight)), weights, masks)
 
 
 def _fraction(part: float) -> Fraction:

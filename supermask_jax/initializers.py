@@ -6,7 +6,8 @@ and `redraw` draws it; the numbers themselves come from `supermask_jax.draws`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,69 +17,31 @@ from supermask_jax.densities import exact
 from supermask_jax.draws import DRAWS
 from supermask_jax.draws import standard_normal as standard_normal  # public here, too
 from supermask_jax.draws import symmetric_uniform as symmetric_uniform
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, per_path, prunable
+from supermask_jax.leaves import FanIn, FanOut
+from supermask_jax.leaves import equinox_fan_in as equinox_fan_in
+from supermask_jax.leaves import equinox_fan_out as equinox_fan_out
+from supermask_jax.leaves import flax_fan_in as flax_fan_in
+from supermask_jax.leaves import flax_fan_out as flax_fan_out
+from supermask_jax.names import gate_stack, is_gate
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    by_path,
+    fan_in_of,
+    fan_out_of,
+    is_kernel,
+    layer_name,
+    layout_of,
+    leaf_key,
+    map_with_name,
+    per_layer,
+    prunable_floats,
+    stacks_of,
+)
 
-FanIn = Callable[[str, tuple[int, ...]], int]
-"""fan_in(path, shape) -> how many inputs each output of the leaf sums."""
-FanOut = Callable[[str, tuple[int, ...]], int]
-"""fan_out(path, shape) -> how many outputs each input of the leaf goes to."""
 Density = float | Mapping[str, float] | None
 Recipe = Mapping[str, tuple[str, np.float32]]
 """{path: (name of a draw, scale)} of the leaves that are drawn; the names are those of `supermask_jax.draws.DRAWS`."""
-
-ATTENTION_INPUTS, ATTENTION_OUTPUT = ("query", "key", "value"), "out"
-
-
-def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
-    """Returns how many inputs each output of a Flax kernel sums: the product of all axes but the last.
-
-    That is right for (in, out), (width, in, out), (height, width, in, out) and attention's output kernel (heads,
-    size, out). For attention's query, key and value kernels (in, heads, size) it is the first axis only.
-
-    Args:
-      path: the leaf's path: "Conv_0/kernel". Its parent's name tells attention's kernels.
-      shape: the leaf's shape.
-    """
-    return shape[0] if _attention(path, shape) == "in" else math.prod(shape[:-1])
-
-
-def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
-    """Returns how many outputs each input of a Flax kernel goes to: the product of all axes but the last but one.
-
-    That is right for (in, out), (width, in, out) and (height, width, in, out). For attention's query, key and value
-    kernels (in, heads, size) it is heads * size. For attention's output kernel (heads, size, out) it is the last axis
-    only; a convolution of one axis looks the same, so the parent's name `out` decides.
-
-    Args:
-      path: the leaf's path: "Conv_0/kernel". Its parent's name tells attention's kernels.
-      shape: the leaf's shape.
-    """
-    match _attention(path, shape):
-        case "in":
-            return math.prod(shape[1:])
-        case "out":
-            return shape[-1]
-    return shape[-1] * math.prod(shape[:-2])
-
-
-def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
-    """Returns how many inputs each output of an Equinox or PyTorch weight sums: the product of all axes but the first.
-
-    Args:
-      path: the leaf's path, which does not matter.
-      shape: (out, in) or (out, in, height, width).
-    """
-    return math.prod(shape[1:])
-
-
-def equinox_fan_out(path: str, shape: tuple[int, ...]) -> int:
-    """Returns how many outputs each input of an Equinox or PyTorch weight goes to: all axes but the second.
-
-    Args:
-      path: the leaf's path, which does not matter.
-      shape: (out, in) or (out, in, height, width).
-    """
-    return shape[0] * math.prod(shape[2:])
 
 
 def signed_constant(
@@ -86,7 +49,7 @@ def signed_constant(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
 ) -> Tree:
     """Returns weights of one magnitude per layer, sqrt(2 / fan_in), and random sign.
 
@@ -97,11 +60,13 @@ def signed_constant(
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn anew.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      where: (path, leaf) -> whether the leaf is drawn anew; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
+        that does not exist.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling). The released code
     scales by sqrt(1 / (1 - density)); that agrees with the paper at 0.5.
@@ -114,7 +79,7 @@ def unsigned_constant(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
 ) -> Tree:
     """Returns weights all equal to sqrt(2 / fan_in); nothing is random.
 
@@ -123,11 +88,13 @@ def unsigned_constant(
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn anew.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      where: (path, leaf) -> whether the leaf is drawn anew; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
+        that does not exist.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: the released code of Ramanujan et al. 2020 (unsigned_constant); section 3.1 of the paper (scaling).
     """
@@ -139,20 +106,23 @@ def kaiming_normal(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
 ) -> Tree:
     """Returns weights from N(0, 2 / fan_in).
 
     Args:
-      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete (not under jit).
+      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete: the normals are
+        drawn on the host.
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn anew.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      where: (path, leaf) -> whether the leaf is drawn anew; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
+        that does not exist.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: He et al. 2015, equation 10, for ReLU; the scaling by the density, Ramanujan et al. 2020, section 3.1.
     """
@@ -164,22 +134,25 @@ def glorot_normal(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
-    fan_out: FanOut = flax_fan_out,
+    fan_in: FanIn | None = None,
+    fan_out: FanOut | None = None,
 ) -> Tree:
     """Returns weights from N(0, 2 / (fan_in + fan_out)).
 
     Args:
-      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete (not under jit).
+      key: a `jax.random.key`, not the one the scores are drawn with. It must be concrete: the normals are
+        drawn on the host.
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn anew.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
-      fan_out: (path, shape) -> the leaf's fan-out; for Equinox or PyTorch layouts, `equinox_fan_out`.
+      where: (path, leaf) -> whether the leaf is drawn anew; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
+      fan_out: (path, shape) -> the leaf's fan-out. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
+        that does not exist.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Glorot and Bengio 2010, equation 12 (the variance). Keras's, which Zhou et al. 2019 draw from, cuts the
     normal's tails off at two deviations and widens the rest to this variance; here the tails stay.
@@ -192,7 +165,7 @@ def kaiming_uniform(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
 ) -> Tree:
     """Returns weights from U(-b, b), b = sqrt(6 / fan_in), whose variance is 2 / fan_in.
 
@@ -201,11 +174,13 @@ def kaiming_uniform(
       weights: tree whose shapes and dtypes are kept.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn anew.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      where: (path, leaf) -> whether the leaf is drawn anew; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf, or a density is outside (0, 1] or names a path that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
+        that does not exist.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: He et al. 2015, equation 10 (the variance), for ReLU.
     """
@@ -222,14 +197,16 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
     Args:
       weights: tree of concrete arrays (not under jit). The deviation is that of the population: of n, not of n - 1. It
         is computed in float64 and rounded to float32.
-      where: (path, leaf) -> whether the leaf is replaced.
+      where: (path, leaf) -> whether the leaf is replaced; or the `Layout` of the network. The deviation is of the whole
+        leaf, also where it stacks layers.
 
     Raises:
       ValueError: `where` chooses no leaf.
+      TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Zhou et al. 2019, section 5, and its released code (make_signed_consts).
     """
-    chosen = prunable(weights, where)
+    chosen = prunable_floats(weights, where)
 
     def replace(path: str, leaf: jax.Array) -> jax.Array:
         if path not in chosen:
@@ -238,6 +215,33 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
         return jnp.asarray(np.sign(values).astype(np.float32) * np.float32(values.std())).astype(leaf.dtype)
 
     return map_with_name(replace, weights)
+
+
+def open_gates(weights: Tree, value: float = 1.0, where: Where | None = None) -> Tree:
+    """Returns the weights with `value` in place of every scale or gate that is all 0; in a stack, of every layer's.
+
+    Networks often start with such leaves, as the last normalisation of a residual block, and let them learn. Frozen,
+    they keep their branch dead: its scores never move.
+
+    Args:
+      weights: tree of concrete arrays (not under jit).
+      value: what such leaves are set to.
+      where: (path, leaf) -> whether the data is multiplied by the leaf, entry by entry. None: leaves of one axis are,
+        and the scales of a stack, whose names say so: scale, gamma, gain, gate, alpha and the like, and the weight of a
+        normalisation; with a `Layout` that was read from the network, those that it saw multiplied.
+    """
+    layout = layout_of(where)
+
+    def open_one(path: str, leaf: jax.Array) -> jax.Array:
+        gate = layout.leaf(path, leaf.shape).gate if layout else (where or is_gate)(path, leaf)
+        if not gate:
+            return leaf
+        stack = gate_stack(leaf.shape)
+        within = tuple(axis for axis in range(leaf.ndim) if axis not in stack)
+        closed = ~np.any(np.asarray(leaf), axis=within, keepdims=True)
+        return jnp.where(jnp.asarray(closed), jnp.full_like(leaf, value), leaf)
+
+    return map_with_name(open_one, weights)
 
 
 INITIALIZERS: Mapping[str, str] = {
@@ -256,8 +260,8 @@ def recipe(
     weights: Tree,
     density: Density = None,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
-    fan_out: FanOut = flax_fan_out,
+    fan_in: FanIn | None = None,
+    fan_out: FanOut | None = None,
 ) -> Recipe:
     """Returns what an initializer draws: {path: (draw, scale)}. With the key it is all that the weights come from.
 
@@ -266,26 +270,30 @@ def recipe(
       weights: tree whose shapes count. For "signed_deviation", the weights that it made: the scale is their magnitude.
       density: None, or the fraction that will be kept, in (0, 1]: one for all leaves, or {path: fraction}. The weights
         are then scaled by sqrt(1 / density).
-      where: (path, leaf) -> whether the leaf is drawn.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      where: (path, leaf) -> whether the leaf is drawn; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
       fan_out: (path, shape) -> the leaf's fan-out, for "glorot_normal".
 
     Raises:
-      ValueError: there is no such initializer, `where` chooses no leaf, or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: there is no such initializer; `where` chooses no leaf; nothing tells a leaf's fan-in; a density is
+        outside (0, 1] or names a path that does not exist, or the layers of a stack have several.
+      TypeError: `where` chooses a leaf that is not of floats.
     """
     if name not in INITIALIZERS:
         raise ValueError(f"there is no initializer {name!r}; there are: {', '.join(INITIALIZERS)}")
-    shapes = prunable(weights, where)
+    shapes = prunable_floats(weights, where)
     if name == "signed_deviation":
         leaves = by_path(weights)
         return {path: ("sign", np.abs(np.asarray(leaves[path], np.float32)).max(initial=0)) for path in shapes}
-    densities = per_path(1.0 if density is None else density, shapes)
+    densities = _of_leaves(1.0 if density is None else density, weights, shapes, where)
+    inputs, outputs = fan_in_of(fan_in, where), fan_out_of(fan_out, where)
     scales = {}
     for path, shape in shapes.items():
         if exact(densities[path]) == 0:
             raise ValueError(f"cannot scale the weights of {path!r} for a density of 0")
-        fan = fan_in(path, shape) + (fan_out(path, shape) if name == "glorot_normal" else 0)
+        fan = inputs(path, shape) + (outputs(path, shape) if name == "glorot_normal" else 0)
+        if not fan > 0:
+            raise ValueError(f"{path!r} {shape} has a fan-in of {fan}: there is nothing to draw")
         scales[path] = np.float32(math.sqrt(2.0 / fan / float(densities[path])))
         if name == "kaiming_uniform":  # the bound of a uniform variable is sqrt(3) times its deviation
             scales[path] = np.float32(float(scales[path]) * math.sqrt(3))
@@ -310,9 +318,14 @@ def redraw(key: jax.Array, weights: Tree, recipe: Recipe) -> Tree:
     return map_with_name(draw, weights)
 
 
-def _attention(path: str, shape: tuple[int, ...]) -> str | None:
-    """Which side of Flax's attention a kernel is on: "in" (in, heads, size) or "out" (heads, size, out); else None."""
-    parent = path.split("/")[-2:-1]
-    if len(shape) != 3 or not parent:
-        return None
-    return "in" if parent[0] in ATTENTION_INPUTS else "out" if parent[0] == ATTENTION_OUTPUT else None
+def _of_leaves(density: Any, weights: Tree, shapes: Iterable[str], where: Where) -> dict[str, float]:
+    """{path: density}; the layers of a stack, which are drawn as one, have the same."""
+    stacks = stacks_of(map_with_name(lambda path, leaf: leaf if path in shapes else None, weights), layout_of(where))
+    densities, of_leaf = per_layer(density, stacks), {}
+    for path, stack in stacks.items():
+        layers = [layer_name(path, index) for index in np.ndindex(*stack)]
+        several = {name: densities[name] for name in layers}
+        if len({exact(part) for part in several.values()}) > 1:
+            raise ValueError(f"the layers of {path!r} are scaled as one and have several densities: {several}")
+        of_leaf[path] = next(iter(several.values()), 1.0)
+    return of_leaf

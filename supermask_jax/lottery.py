@@ -14,18 +14,21 @@ import numpy as np
 import optax
 
 from supermask_jax.densities import exact, keep_count
+from supermask_jax.leaves import Layout
 from supermask_jax.selection import keep_highest, keep_highest_of_all, random_scores, unit_masks, unit_scores
 from supermask_jax.trees import (
     Tree,
     Where,
     apply_masks,
+    at_most_32_bits,
     by_path,
     is_kernel,
+    layer_counts,
     leaf_key,
     map_with_name,
-    ones_and_sizes,
-    per_path,
+    per_layer,
     prunable,
+    stacks_of,
 )
 
 Scope = Literal["global", "layer"]
@@ -52,6 +55,9 @@ def prune(
     fraction: float | Mapping[str, float],
     scope: Scope = "global",
     unit: Unit = "weight",
+    *,
+    minimum: int = 0,
+    layout: Layout | None = None,
 ) -> Tree:
     """Returns masks without the `fraction` of the kept weights whose magnitude is least; nothing pruned comes back.
 
@@ -65,16 +71,23 @@ def prune(
       unit: "weight", or "neuron" for whole output units (neurons, channels), ranked by the mean magnitude of the
         weights that each has left. Units are then counted, and one without any weight left stays pruned. The output
         layer's units are the classes: give it fraction 0, or the mask None.
+      minimum: with scope "global", how many weights (or units) each layer keeps at least.
+      layout: what tells which leaves stack layers, and which axes are "out". None means the names.
+
+    Returns:
+      Masks in the structure of `masks`. A warning names the layers that keep nothing of what was left.
 
     Raises:
-      ValueError: a fraction outside [0, 1], an unknown scope or unit, paths that do not match, a mapping with scope
-        "global", weights that are NaN, masks that are not 0/1.
+      ValueError: a fraction outside [0, 1], an unknown scope or unit, too few weights for the minimum, paths that do
+        not match, a mapping with scope "global", weights that are NaN, masks that are not 0/1.
 
     Source: Frankle & Carbin 2019, section 2 (each layer by itself, the output layer at half the rate) and section 4
     (globally). Their released code removes one weight more, the threshold itself, and so does open_lth.
     """
-    scores = jax.tree.map(lambda weight, mask: None if mask is None else jnp.abs(weight), weights, masks)
-    return prune_by(scores, masks, fraction, scope, unit)
+    scores = jax.tree.map(
+        lambda weight, mask: None if mask is None else at_most_32_bits(jnp.abs(weight)), weights, masks
+    )
+    return prune_by(scores, masks, fraction, scope, unit, minimum=minimum, layout=layout)
 
 
 def prune_by(
@@ -83,6 +96,9 @@ def prune_by(
     fraction: float | Mapping[str, float],
     scope: Scope = "global",
     unit: Unit = "weight",
+    *,
+    minimum: int = 0,
+    layout: Layout | None = None,
 ) -> Tree:
     """Returns masks without the `fraction` of the kept weights whose scores are lowest; nothing pruned comes back.
 
@@ -96,22 +112,35 @@ def prune_by(
       unit: "weight", or "neuron" for whole output units (neurons, channels), ranked by the mean score of the weights
         that each has left. Units are then counted, and one without any weight left stays pruned. The output layer's
         units are the classes: give it fraction 0, or the mask None.
+      minimum: with scope "global", how many weights (or units) each layer keeps at least.
+      layout: what tells which leaves stack layers, and which axes are "out". None means the names.
+
+    Returns:
+      Masks in the structure of `masks`. A warning names the layers that keep nothing of what was left.
 
     Raises:
-      ValueError: a fraction outside [0, 1], an unknown scope or unit, paths that do not match, a mapping with scope
-        "global", scores that are NaN, masks that are not 0/1.
+      ValueError: a fraction outside [0, 1], an unknown scope or unit, too few weights for the minimum, paths that do
+        not match, a mapping with scope "global", scores that are NaN, masks that are not 0/1.
     """
     _check_choice("scope", scope, ("global", "layer"))
     _check_choice("unit", unit, ("weight", "neuron"))
     if unit == "neuron":
-        return apply_masks(masks, prune_by(unit_scores(scores, masks), unit_masks(masks), fraction, scope))
-    left = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
+        of_units = unit_scores(scores, masks, layout=layout), unit_masks(masks, layout=layout)
+        kept = prune_by(*of_units, fraction, scope, minimum=minimum, layout=layout)
+        return jax.tree.map(lambda mask, unit: mask * unit.astype(mask.dtype), masks, kept)
+    left = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
     if scope == "layer":
-        counts = {path: _count_left(part, left[path]) for path, part in per_path(fraction, left).items()}
-        return keep_highest(scores, counts, masks)
+        parts = per_layer(fraction, stacks_of(masks, layout))
+        counts = {layer: _count_left(part, left[layer]) for layer, part in parts.items()}
+        return _in_dtypes(keep_highest(scores, counts, masks, layout=layout), masks)
     if isinstance(fraction, Mapping):
         raise ValueError("a fraction for each path needs scope='layer': a global ranking removes one fraction of all")
-    return keep_highest_of_all(scores, _count_left(fraction, sum(left.values())), masks)
+    count = _count_left(fraction, sum(left.values()))
+    return _in_dtypes(keep_highest_of_all(scores, count, masks, minimum=minimum, layout=layout), masks)
+
+
+def _in_dtypes(new: Tree, masks: Tree) -> Tree:
+    return jax.tree.map(lambda mask, one: one.astype(mask.dtype), masks, new)
 
 
 def round_fraction(density: float, rounds: int) -> float:
@@ -177,18 +206,19 @@ def iterative_pruning(
             masks = prune(trained, masks)
 
 
-def random_like(key: jax.Array, masks: Tree) -> Tree:
+def random_like(key: jax.Array, masks: Tree, *, layout: Layout | None = None) -> Tree:
     """Returns random masks with exactly as many ones in each layer as `masks`: a control of an experiment with them.
 
     Args:
       key: a `jax.random.key`; a leaf's draw depends only on it and the leaf's path.
       masks: exactly 0 or 1, None at leaves that are not pruned. Not for jit.
+      layout: what tells which leaves stack layers. None means the names.
 
     Raises:
       ValueError: masks that are not 0/1.
     """
-    counts = {path: ones for path, (ones, _) in ones_and_sizes(masks).items()}
-    drawn = keep_highest(random_scores(key, masks, where=lambda path, leaf: True), counts)
+    counts = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
+    drawn = keep_highest(random_scores(key, masks, where=lambda path, leaf: True), counts, layout=layout)
     return jax.tree.map(lambda mask, new: new.astype(mask.dtype), masks, drawn)
 
 

@@ -31,13 +31,24 @@ from supermask_jax.dynamic import (
     magnitude_masks,
     replace_masks,
 )
-from supermask_jax.initializers import FanIn, flax_fan_in
+from supermask_jax.leaves import FanIn, Layout
 from supermask_jax.lottery import Scope, Unit, full_masks
 from supermask_jax.saliency import magnitude
-from supermask_jax.selection import global_masks, random_scores
+from supermask_jax.selection import global_masks, random_scores, within_units
 from supermask_jax.supermask import Key, MaskFn, Masks, Params, ProductFn, Scores, Subnet, identity, subnetwork
 from supermask_jax.train import Learns, LossFn, TrainState
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, map_with_name, ones_and_sizes, per_path, prunable
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    apply_masks,
+    by_path,
+    is_kernel,
+    layout_of,
+    map_with_name,
+    ones_and_sizes,
+    per_layer,
+    stacks_of,
+)
 
 Update = Callable[[int, TrainState, Tree], TrainState]
 """update(step, state, batch) -> the state with new masks, after `step` steps; the batch is that of the last step."""
@@ -63,7 +74,7 @@ def edge_popup(
     density: float | Mapping[str, float],
     *,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
     unit: Unit = "weight",
 ) -> Method:
     """Edge-popup: scores learn, weights are frozen, and each layer keeps the scores of largest magnitude.
@@ -71,15 +82,17 @@ def edge_popup(
     Args:
       key: a `jax.random.key`, not the one that the weights were drawn with. The scores are drawn from it.
       weights: every parameter of the network; they never change.
-      density: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf.
-      where: (path, leaf) -> whether the leaf is prunable.
-      fan_in: (path, shape) -> the leaf's fan-in; scores start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-      unit: "weight": a score for each weight. "neuron": a score for each output unit (the last axis of a kernel), and
-        units are kept whole; exclude the output layer with `where`, because its units are the classes.
+      density: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf, or
+        {"path[i]": fraction} naming the layers of a stack.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network, which `describe` makes.
+      fan_in: (path, shape) -> the leaf's fan-in; scores start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). None: as the
+        layout says; without one, as the names do.
+      unit: "weight": a score for each weight. "neuron": a score for each output unit, and units are kept whole; exclude
+        the output layer with `where`, because its units are the classes.
 
     Returns:
-      A method that learns "scores". With "neuron" the scores are [1, ..., 1, out], and the masks as large as the
-      weights all the same.
+      A method that learns "scores". With "neuron" the scores have the length 1 along all axes but those that count
+      units and stacked layers, and the masks are as large as the weights all the same.
 
     Raises:
       ValueError: `where` chooses no leaf, a density is out of range or names other paths, or the unit is unknown.
@@ -89,12 +102,13 @@ def edge_popup(
     """
     if unit not in ("weight", "neuron"):
         raise ValueError(f"unit must be 'weight' or 'neuron', got {unit!r}")
-    mask_fn = supermask.edge_popup(density)
-    per_path(density, prunable(weights, where))  # raises here, not at the first step
+    layout = layout_of(where)
+    mask_fn = supermask.edge_popup(density, layout)
     scores = supermask.init_scores(key, weights, where, fan_in)
+    per_layer(density, stacks_of(scores, layout))  # raises here, not at the first step
     if unit == "neuron":
         mask_fn = _of_weights(mask_fn, weights)
-        scores = map_with_name(lambda path, score: score[(slice(1),) * (score.ndim - 1)], scores)
+        scores = map_with_name(partial(_of_units, layout), scores)
     return Method("scores", mask_fn, Subnet(weights, scores))
 
 
@@ -117,7 +131,7 @@ def bernoulli(weights: Params, *, rescale: bool = False, where: Where = is_kerne
     Source: Zhou et al. 2019, section 5.
     """
     mask_fn = supermask.bernoulli()
-    product = partial(subnetwork, supermask.rescaled(mask_fn)) if rescale else None
+    product = partial(subnetwork, supermask.rescaled(mask_fn, layout_of(where))) if rescale else None
     subnet = Subnet(weights, supermask.zero_scores(weights, where))
     return Method("scores", mask_fn, subnet, product, sampled=True)
 
@@ -128,7 +142,7 @@ def threshold(
     t: float = 0.0,
     *,
     where: Where = is_kernel,
-    fan_in: FanIn = flax_fan_in,
+    fan_in: FanIn | None = None,
 ) -> Method:
     """Threshold masks: scores learn, weights are frozen, and each weight is kept while its score is above a threshold.
 
@@ -136,8 +150,9 @@ def threshold(
       key: a `jax.random.key`, not the one that the weights were drawn with. The scores are drawn from it.
       weights: every parameter of the network; they never change.
       t: the threshold, finite.
-      where: (path, leaf) -> whether the leaf is prunable.
-      fan_in: (path, shape) -> the leaf's fan-in; scores start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network, which `describe` makes.
+      fan_in: (path, shape) -> the leaf's fan-in; scores start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). None: as the
+        layout says; without one, as the names do.
 
     Returns:
       A method that learns "scores". How many weights are kept is an outcome.
@@ -169,10 +184,15 @@ def fixed(weights: Params, masks: Masks) -> Method:
       masks: exactly 0 or 1, in the structure and the shapes of the weights, None at leaves that are not pruned. They
         come from `random_masks`, a saliency, a lottery ticket or elsewhere.
 
+    Returns:
+      A method that learns "weights", which start as weights * masks: some optimizers (LARS, LAMB) measure the norm of
+      the weights that they are given, and must not measure pruned ones.
+
     Raises:
       ValueError: masks that are not 0/1, or do not fit the weights.
     """
-    return Method("weights", identity, Subnet(weights, _fitting(weights, masks)))
+    masks = _fitting(weights, masks)
+    return Method("weights", identity, Subnet(apply_masks(weights, masks), masks))
 
 
 def gradual(
@@ -185,6 +205,7 @@ def gradual(
     until: float = 0.75,
     scope: Scope = "global",
     where: Where = is_kernel,
+    minimum: int = 0,
 ) -> Method:
     """Gradual magnitude pruning: training starts dense, and the smallest weights are pruned step by step.
 
@@ -200,7 +221,8 @@ def gradual(
       every: steps between updates. Where fewer than five updates would fit, they come more often.
       until: the part of the training, in (0, 1], after which the masks no longer change.
       scope: "global" ranks all layers as one; "layer" ranks each by itself.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
+      minimum: with scope "global", how many weights each layer keeps at least.
 
     Raises:
       ValueError: a number out of range, an unknown scope, {path: fraction} with scope "global" or of other paths, or
@@ -212,8 +234,9 @@ def gradual(
         raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
     if scope == "global" and isinstance(density, Mapping):
         raise ValueError("a density for each path needs scope='layer': a global ranking keeps one fraction of all")
-    per_layer = per_path(density, prunable(weights, where))
-    for part in per_layer.values():
+    layout, subnet = layout_of(where), Subnet(weights, full_masks(weights, where))
+    of_layers = per_layer(density, stacks_of(subnet.scores, layout))
+    for part in of_layers.values():
         exact(part)
     interval, end = _updates(steps, every, until)
 
@@ -226,12 +249,12 @@ def gradual(
 
         current, masks = state.subnet
         if isinstance(density, Mapping) or scope == "layer":
-            masks = magnitude_masks(current, masks, {path: now(final) for path, final in per_layer.items()})
+            finals = {layer: now(final) for layer, final in of_layers.items()}
+            masks = magnitude_masks(current, masks, finals, layout=layout)
         else:
-            masks = global_masks(magnitude(current, where), now(density), masks)
+            masks = global_masks(magnitude(current, where), now(density), masks, minimum=minimum, layout=layout)
         return replace_masks(state, tx, masks)
 
-    subnet = Subnet(weights, full_masks(weights, where))
     return Method("weights", identity, subnet, update=update, update_every=interval)
 
 
@@ -245,6 +268,7 @@ def set(
     every: int = 100,
     until: float = 0.75,
     drop_fraction: float = 0.3,
+    layout: Layout | None = None,
 ) -> Method:
     """Sparse evolutionary training (SET): at every update the smallest weights are dropped, and others grown at random.
 
@@ -261,6 +285,7 @@ def set(
       until: the part of the training, in (0, 1], after which the masks no longer change.
       drop_fraction: the part of a layer's kept weights that is dropped, in [0, 1], at first; it falls to 0 on the half
         cosine of `dynamic.cosine_fraction`. The paper keeps it constant.
+      layout: what tells which leaves stack layers, each of which keeps its number of weights. None means the names.
 
     Raises:
       ValueError: a number out of range, or masks that are not 0/1 or do not fit the weights.
@@ -274,7 +299,7 @@ def set(
     def growth(step: int, state: TrainState, batch: Tree) -> Scores:
         return random_scores(jax.random.fold_in(key, step), weights, where=lambda path, leaf: path in paths)
 
-    return _rewired(weights, masks, tx, growth, steps, every, until, drop_fraction)
+    return _rewired(weights, masks, tx, growth, steps, every, until, drop_fraction, layout)
 
 
 def rigl(
@@ -288,6 +313,7 @@ def rigl(
     every: int = 100,
     until: float = 0.75,
     drop_fraction: float = 0.3,
+    layout: Layout | None = None,
 ) -> Method:
     """RigL: at every update the smallest weights are dropped, and those grown whose gradient is largest.
 
@@ -306,6 +332,7 @@ def rigl(
       until: the part of the training, in (0, 1], after which the masks no longer change.
       drop_fraction: the part of a layer's kept weights that is dropped, in [0, 1], at first; it falls to 0 on the half
         cosine of `dynamic.cosine_fraction`.
+      layout: what tells which leaves stack layers, each of which keeps its number of weights. None means the names.
 
     Raises:
       ValueError: a number out of range, or masks that are not 0/1 or do not fit the weights.
@@ -322,7 +349,7 @@ def rigl(
         slopes = gradient(state.subnet, state.model_state, batch, jax.random.fold_in(key, step))
         return jax.tree.map(jnp.abs, slopes)
 
-    return _rewired(weights, _fitting(weights, masks), tx, growth, steps, every, until, drop_fraction)
+    return _rewired(weights, _fitting(weights, masks), tx, growth, steps, every, until, drop_fraction, layout)
 
 
 def _rewired(
@@ -334,6 +361,7 @@ def _rewired(
     every: int,
     until: float,
     drop_fraction: float,
+    layout: Layout | None,
 ) -> Method:
     """Masks whose smallest weights make room, at every update, for those of the highest `growth` score."""
     interval, end = _updates(steps, every, until)
@@ -343,10 +371,11 @@ def _rewired(
         if step >= end:
             return state
         fraction = cosine_fraction(step, end, drop_fraction)
-        grown = drop_and_grow(*state.subnet, growth(step, state, batch), fraction)
+        grown = drop_and_grow(*state.subnet, growth(step, state, batch), fraction, layout=layout)
         return replace_masks(state, tx, grown)
 
-    return Method("weights", identity, Subnet(weights, masks), update=update, update_every=interval)
+    subnet = Subnet(apply_masks(weights, masks), masks)  # so that no optimizer measures the norm of what is pruned
+    return Method("weights", identity, subnet, update=update, update_every=interval)
 
 
 def _updates(steps: int, every: int, until: float) -> tuple[int, int]:
@@ -371,6 +400,12 @@ def _fitting(weights: Params, masks: Masks) -> Masks:
         if jnp.shape(mask) != jnp.shape(leaves[path]):
             raise ValueError(f"the mask of {path!r} has shape {jnp.shape(mask)}, its weight {jnp.shape(leaves[path])}")
     return jax.tree.map(lambda w, m: None if m is None else jnp.asarray(m, w.dtype), weights, masks)
+
+
+def _of_units(layout: Layout | None, path: str, score: jax.Array) -> jax.Array:
+    """The scores of a leaf's output units: the first of each unit's weights."""
+    within = within_units(path, score.shape, layout)
+    return score[tuple(slice(1) if axis in within else slice(None) for axis in range(score.ndim))]
 
 
 def _of_weights(mask_fn: MaskFn, weights: Params) -> MaskFn:

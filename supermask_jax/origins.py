@@ -15,9 +15,10 @@ import numpy as np
 from supermask_jax import codes
 from supermask_jax.draws import DRAWS, GENERATOR, bits
 from supermask_jax.header import Header
-from supermask_jax.initializers import Density, FanIn, FanOut, flax_fan_in, flax_fan_out, recipe
+from supermask_jax.initializers import Density, recipe
+from supermask_jax.leaves import FanIn, FanOut, flax_fan_in, named_fan_in
 from supermask_jax.supermask import Params
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key
+from supermask_jax.trees import Tree, Where, by_path, fan_in_of, is_kernel, leaf_key
 
 Leaves = dict[str, np.ndarray]
 REDRAWS = "redraws"  # the name of their array
@@ -50,8 +51,8 @@ class Drawn(NamedTuple):
     stream: str = ""
     density: Density = None
     where: Where = is_kernel
-    fan_in: FanIn = flax_fan_in
-    fan_out: FanOut = flax_fan_out
+    fan_in: FanIn | None = None
+    fan_out: FanOut | None = None
     redraws: Tree = None
     partition: Mapping[str, tuple[int, int]] | None = None
 
@@ -221,7 +222,8 @@ def _describe(origin: Drawn, key: jax.Array) -> Header:
         described |= {"seed": int(origin.key), "stream": origin.stream}
     if origin.density is not None and not isinstance(origin.density, Mapping):
         described["density"] = float(origin.density)
-    described["fan_in"] = getattr(origin.fan_in, "__name__", "")
+    fan_in = fan_in_of(origin.fan_in, origin.where)
+    described["fan_in"] = getattr(flax_fan_in if fan_in is named_fan_in else fan_in, "__name__", "")
     return described
 
 

@@ -29,11 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from supermask_jax.supermask import MaskFn, ProductFn
-from supermask_jax.train import Learns, LossFn, TrainState, make_train_step
+from supermask_jax.train import Learner, LossFn, Optimizer, TrainState, make_train_step
 from supermask_jax.trees import Tree, by_path
 
 AXIS = "devices"  # of the mesh and of pmap: what BatchNorm and `weighted_mean` are given as axis_name under pmap
@@ -172,9 +171,9 @@ def with_whole_weights(mesh: Mesh, loss_fn: LossFn) -> LossFn:
 def pmap_step(
     mask_fn: MaskFn,
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
-    learns: Learns,
+    learns: Learner,
     devices: int | None = None,
     donate: bool = False,
     product: ProductFn | None = None,
@@ -183,7 +182,7 @@ def pmap_step(
 
     States go in as `init_state` makes them, and come out whole on every device (of this process). The batch goes in as
     on one device (in several processes, this one's share) and is split into equal parts. Every device draws the same
-    masks and its own dropout; gradients, metrics and model state are averaged over the devices. Therefore:
+    masks and its own dropout; gradients, metrics and floating model state are averaged over the devices. Therefore:
       - A loss that is a plain mean equals that of the whole batch. A weighted mean does not where the weights of the
       parts
         differ in sum, as those of a padded last batch do; use `weighted_mean(..., axis_name=parallel.AXIS)`.

@@ -12,11 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supermask_jax import trees
 from supermask_jax.criteria import CRITERIA, RANKED, criterion  # public here too, where they were before
 from supermask_jax.densities import exact, keep_count
-from supermask_jax.selection import keep_highest, keep_highest_of_all
-from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, map_with_name, ones_and_sizes, prunable
+from supermask_jax.leaves import Layout, stack_of
+from supermask_jax.selection import highest_of_all, is_concrete, warn_of_emptied, within_units
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    apply_masks,
+    at_most_32_bits,
+    by_path,
+    is_kernel,
+    layer_counts,
+    layout_of,
+    map_with_name,
+    ones_and_sizes,
+    per_path,
+    prunable,
+    prunable_floats,
+)
 
 __all__ = [
     "CRITERIA",
@@ -51,7 +65,7 @@ def magnitude(weights: Tree, where: Where = is_kernel) -> Tree:
     Source: Han et al. 2015; Frankle & Carbin 2019, section 2. For iterative magnitude pruning see `lottery`.
     """
     shapes = prunable(weights, where)
-    return map_with_name(lambda path, leaf: jnp.abs(leaf) if path in shapes else None, weights)
+    return map_with_name(lambda path, leaf: at_most_32_bits(jnp.abs(leaf)) if path in shapes else None, weights)
 
 
 def snip(
@@ -63,6 +77,7 @@ def snip(
     model_state: Tree = None,
     key: jax.Array | None = None,
     where: Where = is_kernel,
+    axis_name: str | None = None,
 ) -> Tree:
     """Returns abs(dL/dm) at mask m = 1 as scores: to first order, how much pruning a weight changes the loss.
 
@@ -79,10 +94,12 @@ def snip(
         None means the dense network.
       model_state: batch statistics and the like, that `loss_fn` is given.
       key: for dropout, that `loss_fn` is given.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
+      axis_name: the pmap axis over which the gradient is averaged. On a mesh under jit, none is needed.
 
     Returns:
-      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
+      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept. A warning names the
+      leaves whose scores are all 0 (not under jit, where values are not known): ties are kept by index, not by merit.
 
     Raises:
       ValueError: `where` chooses no leaf, or `masks` are not 0/1 or do not fit the leaves that it chooses.
@@ -93,7 +110,11 @@ def snip(
     """
     kernels, params = _network(weights, masks, where)
     slopes, _ = jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)
-    return _like(weights, {path: jnp.abs(kernel * slopes[path]) for path, kernel in kernels.items()})
+    if axis_name is not None:
+        slopes = jax.lax.pmean(slopes, axis_name)
+    scores = {path: jnp.abs(kernel * slopes[path]) for path, kernel in kernels.items()}
+    _warn_of_ties(scores, masks)
+    return _like(weights, scores)
 
 
 def grasp(
@@ -105,6 +126,7 @@ def grasp(
     model_state: Tree = None,
     key: jax.Array | None = None,
     where: Where = is_kernel,
+    axis_name: str | None = None,
 ) -> Tree:
     """Returns w * Hg as scores: to first order, how much pruning a weight lowers half the squared norm of the gradient.
 
@@ -121,7 +143,8 @@ def grasp(
         None means the dense network.
       model_state: batch statistics and the like, that `loss_fn` is given.
       key: for dropout, that `loss_fn` is given.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
+      axis_name: the pmap axis over which the gradient is averaged. On a mesh under jit, none is needed.
 
     Returns:
       A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
@@ -147,9 +170,17 @@ def grasp(
     def total(trees: list[Kernels]) -> Kernels:
         return jax.tree.map(lambda *leaves: sum(leaves), *trees)
 
-    flow = total([gradient(kernels, batch) for batch in batches])
-    curved = total([jax.jvp(lambda k, b=batch: gradient(k, b), (kernels,), (flow,))[1] for batch in batches])
-    return _like(weights, {path: kernel * curved[path] for path, kernel in kernels.items()})
+    def along_flow(kernels: Kernels, batch: Tree) -> jax.Array:
+        return sum(jnp.vdot(slope, flow[path]) for path, slope in gradient(kernels, batch).items())
+
+    def mean(slopes: Kernels) -> Kernels:
+        return slopes if axis_name is None else jax.lax.pmean(slopes, axis_name)
+
+    flow = mean(total([gradient(kernels, batch) for batch in batches]))
+    # Reverse over reverse: layers with derivatives of their own (jax.custom_vjp) have no forward mode.
+    curved = mean(total([jax.grad(along_flow)(kernels, batch) for batch in batches]))
+    scores = {path: kernel * curved[path] for path, kernel in kernels.items()}
+    return _like(weights, scores)
 
 
 def synflow(
@@ -180,7 +211,7 @@ def synflow(
       masks: 0 or 1, None at leaves that are not pruned: scores the subnetwork weights * masks, and 0 what they prune.
         None means the dense network.
       model_state: batch statistics and the like, that `apply_fn` is given.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
       A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
@@ -195,7 +226,7 @@ def synflow(
     """
     kernels, params = _network(jax.tree.map(_absolute, weights), masks, where)
     kept = by_path(params(kernels))
-    kernels = {path: _unit_inflow(kept[path]) for path in kernels}
+    kernels = {path: _unit_inflow(path, kept[path], layout_of(where)) for path in kernels}
     ones = jnp.ones((1, *input_shape), jnp.result_type(*kernels.values()))
     state = jax.tree.map(_absolute, model_state)
     slopes = jax.grad(lambda k: jnp.sum(apply_fn(params(k), state, ones)))(kernels)
@@ -204,7 +235,14 @@ def synflow(
     return _like(weights, scores)
 
 
-def prune_in_rounds(score_fn: Callable[[Tree | None], Tree], density: float, rounds: int, minimum: int = 0) -> Tree:
+def prune_in_rounds(
+    score_fn: Callable[[Tree | None], Tree],
+    density: float,
+    rounds: int,
+    minimum: int = 0,
+    *,
+    layout: Layout | None = None,
+) -> Tree:
     """Returns masks after `rounds` rounds of scoring what is left and keeping the best of it, all layers ranked as one.
 
     After round r the fraction density**(r / rounds) of all weights is left, after the last one exactly `density`, each
@@ -221,6 +259,7 @@ def prune_in_rounds(score_fn: Callable[[Tree | None], Tree], density: float, rou
       rounds: how often to score and prune, >= 1.
       minimum: how many weights each layer keeps at least, its best; a smaller layer keeps all. The rest is the best of
         all remaining weights.
+      layout: what tells which leaves stack layers. None means the names.
 
     Returns:
       Masks, exactly 0 or 1, with the structure and dtypes of the scores. A warning names the layers that keep nothing.
@@ -240,19 +279,17 @@ def prune_in_rounds(score_fn: Callable[[Tree | None], Tree], density: float, rou
         scores = score_fn(masks)
         _check_ranking(scores, f"nothing to choose by in round {number}")
         if masks is None:
+            _warn_of_ties(by_path(scores), None)
             masks = jax.tree.map(jnp.ones_like, scores)  # already here, so that the next rounds compile nothing
-            sizes = {path: score.size for path, score in by_path(scores).items()}
-            least = {path: min(minimum, size) for path, size in sizes.items()}
-            last = keep_count(final, sum(sizes.values()))
-            if sum(least.values()) > last:
+            sizes = [size for _, size in layer_counts(masks, layout).values()]
+            last = keep_count(final, sum(sizes))
+            if sum(min(minimum, size) for size in sizes) > last:
                 raise ValueError(f"density {density} keeps {last} weights: too few for {minimum} in every layer")
         count = last
         if number < rounds:  # and the decimals must not take it below the last
-            count = max(last, keep_count(round(float(final) ** (number / rounds), 12), sum(sizes.values())))
-        masks = _highest_with_least(scores, count, least, masks)
-    empty = [path for path, (ones, size) in ones_and_sizes(masks).items() if size and not ones]
-    if empty:
-        warnings.warn(f"pruned whole: {', '.join(empty)}; minimum=1 keeps a weight in every layer", stacklevel=2)
+            count = max(last, keep_count(round(float(final) ** (number / rounds), 12), sum(sizes)))
+        masks = highest_of_all(scores, count, masks, minimum, layout)
+    warn_of_emptied(masks, layout=layout)
     return masks
 
 
@@ -266,16 +303,13 @@ def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[Kernels, 
     A gradient through that function is 0 at what the masks prune.
     """
     leaves = by_path(weights)
-    kernels = {path: jnp.asarray(leaves[path]) for path in prunable(weights, where)}
-    for path, kernel in kernels.items():
-        if not jnp.issubdtype(kernel.dtype, jnp.floating):
-            raise TypeError(f"only floats are prunable; {path!r} has {kernel.dtype}")
+    kernels = {path: jnp.asarray(leaves[path]) for path in prunable_floats(weights, where)}
     if masks is not None:
-        for path, mask in trees.per_path(by_path(masks), kernels).items():
+        for path, mask in per_path(by_path(masks), kernels).items():
             if mask.shape != kernels[path].shape:
                 raise ValueError(f"the mask of {path!r} has shape {mask.shape}, its weights {kernels[path].shape}")
-        if _known(masks):
-            trees.ones_and_sizes(masks)  # raises on anything but 0 and 1
+        if is_concrete(masks):
+            ones_and_sizes(masks)  # raises on anything but 0 and 1
 
     def params(kernels: Kernels) -> Tree:
         whole = map_with_name(lambda path, leaf: kernels.get(path, leaf), weights)
@@ -285,7 +319,7 @@ def _network(weights: Tree, masks: Tree | None, where: Where) -> tuple[Kernels, 
 
 
 def _like(weights: Tree, scores: Mapping[str, jax.Array]) -> Tree:
-    return map_with_name(lambda path, leaf: scores.get(path), weights)
+    return map_with_name(lambda path, leaf: at_most_32_bits(scores[path]) if path in scores else None, weights)
 
 
 def _absolute(leaf: jax.Array) -> jax.Array:
@@ -293,15 +327,35 @@ def _absolute(leaf: jax.Array) -> jax.Array:
     return jnp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _unit_inflow(kernel: jax.Array) -> jax.Array:
-    """[..., out] divided by the mean of what flows into each output, weighted by the same.
+def _unit_inflow(path: str, kernel: jax.Array, layout: Layout | None) -> jax.Array:
+    """A kernel divided by the mean of what flows into each output, weighted by the same; in a stack, each layer.
 
     Weighted, because with most outputs pruned all meets in a few, and divided by a plain mean it overflows again.
     """
-    inflow = jnp.sum(kernel, axis=tuple(range(kernel.ndim - 1)), dtype=jnp.float32)
-    total = jnp.sum(inflow)
-    mean = jnp.sum(inflow * (inflow / jnp.where(total > 0, total, 1)))
+    within, stack = within_units(path, kernel.shape, layout), stack_of(path, kernel.shape, layout)
+    outputs = tuple(axis for axis in range(kernel.ndim) if axis not in stack)
+    inflow = jnp.sum(kernel, axis=within, keepdims=True, dtype=jnp.float32)
+    total = jnp.sum(inflow, axis=outputs, keepdims=True)
+    mean = jnp.sum(inflow * (inflow / jnp.where(total > 0, total, 1)), axis=outputs, keepdims=True)
     return kernel / jnp.where(mean > 0, mean, 1).astype(kernel.dtype)
+
+
+def _warn_of_ties(scores: Kernels, masks: Tree | None) -> None:
+    """Warns of leaves whose scores are all 0 although the masks keep some of them; under jit nothing is known."""
+    if not is_concrete((scores, masks)):
+        return
+    kept = {} if masks is None else by_path(masks)
+    tied = [
+        path
+        for path, score in scores.items()
+        if score.size and not np.any(np.asarray(score)) and (path not in kept or np.any(np.asarray(kept[path])))
+    ]
+    if tied and len(tied) < len(scores):
+        warnings.warn(
+            f"every score is 0 in {', '.join(tied)}: the loss does not depend on them; is there a scale of 0 behind "
+            "them (sm.initializers.open_gates), or are they not used?",
+            stacklevel=3,
+        )
 
 
 def _check_ranking(scores: Tree, why: str) -> None:
@@ -309,7 +363,7 @@ def _check_ranking(scores: Tree, why: str) -> None:
 
     Under jit values are not known, and nothing is raised.
     """
-    if not _known(scores):
+    if not is_concrete(scores):
         return
     leaves = {path: np.asarray(score) for path, score in by_path(scores).items()}
     for path, score in leaves.items():
@@ -317,20 +371,6 @@ def _check_ranking(scores: Tree, why: str) -> None:
             raise ValueError(f"the scores of {path!r} are not finite")
     if not any(np.any(score) for score in leaves.values()):
         raise ValueError(f"every score is 0: {why}")
-
-
-def _known(tree: Tree) -> bool:
-    """Whether the values of all leaves are known, as they are not under jit."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _highest_with_least(scores: Tree, count: int, least: Mapping[str, int], within: Tree) -> Tree:
-    """Masks of the `least[path]` highest scores of each leaf and, up to `count`, of the highest of all the others."""
-    if not any(least.values()):
-        return keep_highest_of_all(scores, count, within)
-    reserved = keep_highest(scores, least, within)
-    others = jax.tree.map(jnp.subtract, within, reserved)
-    return jax.tree.map(jnp.add, reserved, keep_highest_of_all(scores, count - sum(least.values()), others))
 
 
 def _whole(name: str, number: int, at_least: int) -> int:

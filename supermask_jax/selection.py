@@ -3,6 +3,8 @@
 `threshold.highest` computes the exact threshold without a sort.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,20 +16,40 @@ from jax import lax
 
 from supermask_jax.densities import keep_count
 from supermask_jax.draws import unit_uniform
+from supermask_jax.leaves import Layout, leaf_of, stack_of, unknown_axes
 from supermask_jax.threshold import highest, order_key
-from supermask_jax.trees import Tree, Where, by_path, is_kernel, leaf_key, map_with_name, per_path, prunable
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    by_path,
+    is_kernel,
+    layer_counts,
+    layer_name,
+    layout_of,
+    leaf_key,
+    map_with_name,
+    per_layer,
+    per_path,
+    prunable,
+    stacks_of,
+)
 
 
-def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = None) -> Tree:
-    """Returns masks that keep the `counts[path]` highest scores of each leaf, of any sign.
+def keep_highest(
+    scores: Tree, counts: Mapping[str, int], within: Tree | None = None, *, layout: Layout | None = None
+) -> Tree:
+    """Returns masks that keep the `counts[path]` highest scores of each layer, of any sign.
 
     Ties are broken by flat index, the lowest losing first: what a stable argsort gives, on every machine and mesh.
     -0.0 ties with 0.0. It works under jit, where the counts may be traced.
 
     Args:
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
-      counts: {path: number kept}, naming every leaf of `scores`; each in [0, size of the leaf].
+      counts: {path: number kept}, naming every leaf of `scores`; each in [0, size of the leaf]. Where a leaf stacks
+        layers, the number kept of each of them, or {"path[i]": number kept}.
       within: masks; only weights that they keep are chosen from. None means all.
+      layout: what tells which leaves stack layers, each of which is ranked by itself. None means the names, which tell
+        it of Flax's layers under `nn.scan`.
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
@@ -39,22 +61,37 @@ def keep_highest(scores: Tree, counts: Mapping[str, int], within: Tree | None = 
     """
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
-    wanted = per_path(counts, leaves)
     for path, score in leaves.items():
-        _check(path, score, wanted[path], allowed.get(path))
-    keys = [order_key(score, allowed.get(path)) for path, score in leaves.items()]
-    masks = highest(keys, list(wanted.values()), groups=tuple(range(len(keys))))
-    return _as_tree(scores, dict(zip(leaves, masks, strict=True)))
+        _check(path, score, allowed.get(path))
+    stacks = {path: stack_of(path, score.shape, layout) for path, score in leaves.items()}
+    layers = {path: tuple(leaves[path].shape[axis] for axis in stack) for path, stack in stacks.items()}
+    numbers, keys, wanted = per_layer(counts, layers), [], []
+    for path, score in leaves.items():
+        forth = (stacks[path], range(len(stacks[path])))
+        key, mask = order_key(score, allowed.get(path)), allowed.get(path)
+        keys.append(jnp.moveaxis(key, *forth) if stacks[path] else key)
+        own = {name: numbers[name] for name in (layer_name(path, i) for i in np.ndindex(*layers[path]))}
+        _check_counts(own, score, mask if mask is None or not stacks[path] else jnp.moveaxis(mask, *forth))
+        wanted.append(_as_array(list(own.values()), layers[path]))
+    masks = highest(keys, wanted, tuple(range(len(keys))), tuple(map(len, stacks.values())))
+    back = {
+        path: jnp.moveaxis(mask, range(len(stacks[path])), stacks[path]) if stacks[path] else mask
+        for path, mask in zip(leaves, masks, strict=True)
+    }
+    return _as_tree(scores, back)
 
 
-def layerwise_masks(scores: Tree, density: float | Mapping[str, float]) -> Tree:
-    """Returns masks that keep the highest scores of each leaf, `keep_count(density, size)` of them.
+def layerwise_masks(scores: Tree, density: float | Mapping[str, float], *, layout: Layout | None = None) -> Tree:
+    """Returns masks that keep the highest scores of each layer, `keep_count(density, size)` of them.
 
     Ties are broken by flat index, the lowest losing first. -0.0 ties with 0.0.
 
     Args:
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
-      density: fraction kept, in [0, 1]: one for all leaves, or {path: fraction} naming every leaf of `scores`.
+      density: fraction kept, in [0, 1]: one for all leaves, or {path: fraction} naming every leaf of `scores`, or
+        {"path[i]": fraction} naming the layers of a stack.
+      layout: what tells which leaves stack layers, each of which is ranked by itself. None means the names, which tell
+        it of Flax's layers under `nn.scan`.
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
@@ -64,10 +101,12 @@ def layerwise_masks(scores: Tree, density: float | Mapping[str, float]) -> Tree:
         then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
-    return keep_highest(scores, _counts(scores, density))
+    return keep_highest(scores, _counts(scores, density, layout), layout=layout)
 
 
-def global_masks(scores: Tree, density: float, within: Tree | None = None) -> Tree:
+def global_masks(
+    scores: Tree, density: float, within: Tree | None = None, *, minimum: int = 0, layout: Layout | None = None
+) -> Tree:
     """Returns masks that keep the `keep_count(density, total size)` highest scores of all leaves taken together.
 
     Ties are broken by flat index, the lowest losing first; the leaves count as one array, joined in the tree's order.
@@ -76,20 +115,26 @@ def global_masks(scores: Tree, density: float, within: Tree | None = None) -> Tr
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
       density: fraction kept, in [0, 1], of all scores, also of those that `within` excludes.
       within: masks; only weights that they keep are chosen from. None means all.
+      minimum: how many weights each layer keeps at least, its best; a smaller layer keeps all that it has. The rest is
+        the best of all others.
+      layout: what tells which leaves stack layers, for `minimum` and the warning. None means the names.
 
     Returns:
-      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`. A warning names the layers that keep
+      nothing of what there was (not under jit, where values are not known).
 
     Raises:
-      ValueError: a density out of range, or above what `within` keeps; paths that do not match; NaN scores (under jit
-        values are not known: NaN then ranks by its sign, beyond all numbers).
+      ValueError: a density out of range, above what `within` keeps, or too low for the minimum; paths that do not
+        match; NaN scores (under jit values are not known: NaN then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
     total = sum(score.size for score in by_path(scores).values())
-    return keep_highest_of_all(scores, keep_count(density, total), within)
+    return keep_highest_of_all(scores, keep_count(density, total), within, minimum=minimum, layout=layout)
 
 
-def keep_highest_of_all(scores: Tree, count: int, within: Tree | None = None) -> Tree:
+def keep_highest_of_all(
+    scores: Tree, count: int, within: Tree | None = None, *, minimum: int = 0, layout: Layout | None = None
+) -> Tree:
     """Returns masks that keep the `count` highest scores of all leaves taken together.
 
     Ties are broken by flat index, the lowest losing first; the leaves count as one array, joined in the tree's order.
@@ -99,29 +144,90 @@ def keep_highest_of_all(scores: Tree, count: int, within: Tree | None = None) ->
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
       count: how many are kept, in [0, number of scores to choose from].
       within: masks; only weights that they keep are chosen from. None means all.
+      minimum: how many weights each layer keeps at least, its best; a smaller layer keeps all that it has. The rest is
+        the best of all others.
+      layout: what tells which leaves stack layers, for `minimum` and the warning. None means the names.
 
     Returns:
-      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`. A warning names the layers that keep
+      nothing of what there was (not under jit, where values are not known).
 
     Raises:
-      ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match. Under
-        jit values are not known: NaN then ranks by its sign, beyond all numbers, and the count is not checked.
+      ValueError: NaN scores, a count out of range (also: more than `within` keeps, or too few for the minimum), or
+        paths that do not match. Under jit values are not known: NaN then ranks by its sign, beyond all numbers, and the
+        count is not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
+    chosen = highest_of_all(scores, count, within, minimum, layout)
+    if is_concrete(count) and count:  # who asks for no weight gets none
+        warn_of_emptied(chosen, within, layout)
+    return chosen
+
+
+def highest_of_all(
+    scores: Tree, count: int, within: Tree | None = None, minimum: int = 0, layout: Layout | None = None
+) -> Tree:
+    """Returns the masks of `keep_highest_of_all`, without a warning where a layer keeps nothing."""
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
+    for path, score in leaves.items():
+        _check(path, score, allowed.get(path))
     room: Any = 0  # an int, or traced
     for path, score in leaves.items():
-        _check(path, score, 0, allowed.get(path))
         room += jnp.count_nonzero(allowed[path]) if path in allowed else score.size
-    if not isinstance(room - count, jax.core.Tracer) and not 0 <= count <= room:
+    if is_concrete((room, count)) and not _is_count(count, int(room)):
         raise ValueError(f"cannot keep {count} of the {room} weights to choose from")
+    if minimum:
+        return _with_minimum(scores, count, within, minimum, layout)
     keys = [order_key(score, allowed.get(path)) for path, score in leaves.items()]
     masks = highest(keys, [count], groups=(0,) * len(leaves))
     return _as_tree(scores, dict(zip(leaves, masks, strict=True)))
 
 
-def n_m_masks(scores: Tree, n: int, m: int, axis: int | Mapping[str, int]) -> Tree:
+def _with_minimum(scores: Tree, count: int, within: Tree | None, minimum: int, layout: Layout | None) -> Tree:
+    """Masks of each layer's `minimum` highest scores and, up to `count`, of the highest of all the others."""
+    if not isinstance(minimum, int | np.integer) or minimum < 0:
+        raise ValueError(f"minimum must be a whole number >= 0, got {minimum!r}")
+    if within is None:
+        within = jax.tree.map(jnp.ones_like, scores)
+    least = {name: min(minimum, ones) for name, (ones, _) in layer_counts(within, layout).items()}
+    if sum(least.values()) > count:
+        raise ValueError(f"{count} weights are too few for {minimum} in every layer")
+    reserved = keep_highest(scores, least, within, layout=layout)
+    others = jax.tree.map(lambda there, own: there - own.astype(there.dtype), within, reserved)
+    return jax.tree.map(jnp.add, reserved, highest_of_all(scores, count - sum(least.values()), others))
+
+
+def warn_of_emptied(masks: Tree, before: Tree | None = None, layout: Layout | None = None) -> None:
+    """Warns of layers of which the masks keep nothing, although there was something; under jit nothing is known.
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable.
+      before: what there was; None means everything.
+      layout: what tells which leaves stack layers. None means the names.
+    """
+    if not is_concrete((masks, before)):
+        return
+    if not by_path(masks):
+        return
+    there = {} if before is None else layer_counts(before, layout)
+    emptied = [
+        name
+        for name, (ones, size) in layer_counts(masks, layout).items()
+        if size and not ones and there.get(name, (size, size))[0]
+    ]
+    if emptied:
+        warnings.warn(f"pruned whole: {', '.join(emptied)}; minimum=1 keeps a weight in every layer", stacklevel=3)
+
+
+def is_concrete(tree: Any) -> bool:
+    """Returns whether the values of all leaves are known, as they are not under jit."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def n_m_masks(
+    scores: Tree, n: int, m: int, axis: int | Mapping[str, int] | None = None, *, layout: Layout | None = None
+) -> Tree:
     """Returns masks that keep the n highest of every m consecutive scores along `axis` of each leaf.
 
     Ties are broken by position, the lowest losing first. -0.0 ties with 0.0.
@@ -131,24 +237,29 @@ def n_m_masks(scores: Tree, n: int, m: int, axis: int | Mapping[str, int]) -> Tr
       n: how many of m scores are kept.
       m: how many scores form a group. Sparse tensor cores compute with 2 of 4.
       axis: the axis along which m scores are consecutive, negative from the end: one for all leaves, or {path: axis}.
-        Hardware needs the axis that is summed over, which in Flax's kernels is -2.
+        Hardware needs the axis that is summed over, which in Flax's kernels is -2. None means the last "in" axis, as
+        the layout tells it; without one, as the names do.
+      layout: what tells which axis is summed over.
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
 
     Raises:
-      ValueError: not 0 <= n <= m, a leaf without that axis, an axis whose size m does not divide, paths that do not
-        match, or NaN scores (under jit values are not known: NaN then ranks by its sign, beyond all numbers).
+      ValueError: not 0 <= n <= m, a leaf without that axis or of which nothing tells it, an axis whose size m does not
+        divide, paths that do not match, or NaN scores (under jit values are not known: NaN then ranks by its sign,
+        beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
 
     Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", section 3.
     """
     if not (0 <= n <= m and m > 0):
         raise ValueError(f"n of every m scores are kept: 0 <= n <= m and m > 0, got n = {n}, m = {m}")
+    if axis is None:
+        axis = {path: _summed(path, score.shape, layout) for path, score in by_path(scores).items()}
     axes = per_path(axis, by_path(scores))
 
     def mask(path: str, score: jax.Array) -> jax.Array:
-        _check(path, score, 0, None)
+        _check(path, score, None)
         if not -score.ndim <= axes[path] < score.ndim or score.shape[axes[path]] % m:
             raise ValueError(f"{path!r} {score.shape} has no axis {axes[path]} whose size {m} divides")
         at = axes[path] % score.ndim
@@ -163,19 +274,21 @@ def n_m_masks(scores: Tree, n: int, m: int, axis: int | Mapping[str, int]) -> Tr
     return map_with_name(mask, scores)
 
 
-def unit_scores(scores: Tree, within: Tree | None = None) -> Tree:
+def unit_scores(scores: Tree, within: Tree | None = None, *, layout: Layout | None = None) -> Tree:
     """Returns the mean score of each output unit's weights, for structured pruning: [..., out] -> [1, ..., 1, out].
 
-    A unit is an entry of the last axis: of a Flax kernel, a dense layer's neuron or a convolution's output channel.
-    Masks of units broadcast over the kernel.
+    A unit is a dense layer's neuron or a convolution's output channel: an entry of the "out" axes, in each layer of a
+    stack. Masks of units broadcast over the kernel.
 
     Args:
       scores: tree of floats, None at leaves that are not prunable.
       within: masks; the mean is over the weights that they keep, and 0 for a unit of which they keep none. None means
         all.
+      layout: what tells the axes. None means the names: of a leaf called weight, which is Equinox's, the first axis is
+        "out", of others the last.
 
     Returns:
-      A tree like `scores`, of float32 [1, ..., 1, out].
+      A tree like `scores`, of float32, with the length 1 along every axis that is summed.
 
     Raises:
       ValueError: paths of `within` that do not match.
@@ -185,22 +298,46 @@ def unit_scores(scores: Tree, within: Tree | None = None) -> Tree:
 
     def mean(path: str, score: jax.Array) -> jax.Array:
         kept = allowed[path] != 0 if path in allowed else jnp.ones(score.shape, bool)
-        over = {"axis": tuple(range(score.ndim - 1)), "keepdims": True, "dtype": jnp.float32}
+        over = {"axis": within_units(path, score.shape, layout), "keepdims": True, "dtype": jnp.float32}
         return jnp.sum(score, where=kept, **over) / jnp.maximum(jnp.sum(kept, **over), 1)
 
     return map_with_name(mean, scores)
 
 
-def unit_masks(masks: Tree) -> Tree:
+def unit_masks(masks: Tree, *, layout: Layout | None = None) -> Tree:
     """Returns 1 for each output unit of which a mask keeps any weight, else 0: [..., out] -> [1, ..., 1, out].
 
     Args:
-      masks: tree of 0 or 1, None at leaves that are not prunable. A unit is an entry of the last axis.
+      masks: tree of 0 or 1, None at leaves that are not prunable.
+      layout: what tells which axes are "out". None means the names: of a leaf called weight, the first axis, of others
+        the last.
 
     Returns:
       A tree like `masks`, in their dtypes.
     """
-    return jax.tree.map(lambda mask: jnp.max(mask, axis=tuple(range(mask.ndim - 1)), keepdims=True), masks)
+
+    def of_units(path: str, mask: jax.Array) -> jax.Array:
+        return jnp.max(mask, axis=within_units(path, mask.shape, layout), keepdims=True)
+
+    return map_with_name(of_units, masks)
+
+
+def within_units(path: str, shape: tuple[int, ...], layout: Layout | None = None) -> tuple[int, ...]:
+    """Returns the axes of a kernel along which the weights of one output unit lie: its window and its "in" axes.
+
+    Where nothing tells the axes, the last one is "out".
+    """
+    leaf = leaf_of(path, shape, layout)
+    if leaf is None:
+        return tuple(range(len(shape) - 1))
+    return leaf.at("window", "in")
+
+
+def _summed(path: str, shape: tuple[int, ...], layout: Layout | None) -> int:
+    leaf = leaf_of(path, shape, layout)
+    if leaf is None:
+        raise unknown_axes(path, shape)
+    return leaf.at("in")[-1]
 
 
 def random_masks(
@@ -212,17 +349,20 @@ def random_masks(
       key: a `jax.random.key`, not the one the weights were drawn with. A leaf's mask depends only on the key, the
         leaf's path, its shape and its density.
       weights: tree whose shapes and dtypes the masks take.
-      densities: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf.
-      where: (path, leaf) -> whether the leaf is prunable.
+      densities: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf, or
+        {"path[i]": fraction} naming the layers of a stack.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
-      Masks, exactly 0 or 1, in the dtypes of the weights.
+      Masks, exactly 0 or 1, in the dtypes of the weights. Each layer of a stack keeps its own count.
 
     Raises:
       ValueError: `where` chooses no leaf, a density is out of range, or the paths do not match.
     """
-    masks = layerwise_masks(random_scores(key, weights, where), densities)
-    return jax.tree.map(lambda weight, mask: None if mask is None else mask.astype(weight.dtype), weights, masks)
+    masks = layerwise_masks(random_scores(key, weights, where), densities, layout=layout_of(where))
+    return jax.tree.map(
+        lambda weight, mask: None if mask is None else mask.astype(jnp.result_type(weight)), weights, masks
+    )
 
 
 def random_scores(key: jax.Array, weights: Tree, where: Where = is_kernel) -> Tree:
@@ -289,25 +429,53 @@ straight_through.defvjp(
 )
 
 
-def _counts(scores: Tree, density: float | Mapping[str, float]) -> dict[str, int]:
-    leaves = by_path(scores)
-    return {path: keep_count(d, leaves[path].size) for path, d in per_path(density, leaves).items()}
+def _counts(scores: Tree, density: float | Mapping[str, float], layout: Layout | None) -> dict[str, int]:
+    """{layer: number kept}."""
+    stacks, leaves = stacks_of(scores, layout), by_path(scores)
+    sizes = {
+        layer_name(path, index): leaves[path].size // max(math.prod(stack), 1)
+        for path, stack in stacks.items()
+        for index in np.ndindex(*stack)
+    }
+    return {layer: keep_count(part, sizes[layer]) for layer, part in per_layer(density, stacks).items()}
 
 
 def _as_tree(scores: Tree, masks: dict[str, jax.Array]) -> Tree:
     return map_with_name(lambda path, score: masks[path].astype(score.dtype), scores)
 
 
-def _check(path: str, score: jax.Array, count: Any, allowed: jax.Array | None) -> None:
+def _check(path: str, score: jax.Array, allowed: jax.Array | None) -> None:
     """Raises on what is wrong with a leaf; values are looked at only where they are concrete (not under jit)."""
-    if not jnp.issubdtype(score.dtype, jnp.floating) or score.dtype.itemsize > 4:
-        raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {score.dtype}")
-    room = score.size
+    if not hasattr(score, "dtype"):
+        raise TypeError(f"scores are arrays; {path!r} is a {type(score).__name__}: is a list of numbers meant as one?")
+    dtype = np.dtype(score.dtype) if score.dtype != object else np.dtype(bool)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
+        raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {dtype}: cast it to float32")
     if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
         raise ValueError(f"the scores of {path!r} hold NaN")
-    if allowed is not None and allowed.shape != score.shape:
-        raise ValueError(f"the mask of {path!r} has shape {allowed.shape}, its scores {score.shape}")
-    if allowed is not None and not isinstance(allowed, jax.core.Tracer):
-        room = int(np.count_nonzero(np.asarray(allowed)))
-    if not isinstance(count, jax.core.Tracer) and not (count == int(count) and 0 <= count <= room):
-        raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {path!r}")
+    if allowed is not None and jnp.shape(allowed) != jnp.shape(score):
+        raise ValueError(f"the mask of {path!r} has shape {jnp.shape(allowed)}, its scores {jnp.shape(score)}")
+
+
+def _check_counts(counts: Mapping[str, Any], score: jax.Array, allowed: jax.Array | None) -> None:
+    """Raises where a layer has not so many weights; values are looked at only where they are concrete."""
+    rooms = np.full(len(counts), score.size // max(len(counts), 1))
+    if allowed is not None and is_concrete(allowed):
+        rooms = np.count_nonzero(np.asarray(allowed).reshape(len(counts), -1), axis=1)
+    for (layer, count), room in zip(counts.items(), rooms.tolist(), strict=True):
+        if is_concrete(count) and not _is_count(count, room):
+            raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {layer!r}")
+
+
+def _as_array(counts: list[Any], stack: tuple[int, ...]) -> Any:
+    """The counts of a stack's layers as one array of its shape; of a leaf that is one layer, the count itself."""
+    if not stack:
+        return counts[0]
+    if is_concrete(counts):
+        return np.array([int(count) for count in counts], np.int32).reshape(stack)
+    return jnp.stack([jnp.asarray(count, jnp.int32) for count in counts]).reshape(stack)
+
+
+def _is_count(count: Any, room: int) -> bool:
+    """Whether it is a whole number in [0, room]; NaN and infinity are none."""
+    return bool(0 <= count <= room) and bool(count == int(count))

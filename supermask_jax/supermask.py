@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,18 @@ import numpy as np
 
 from supermask_jax.densities import exact
 from supermask_jax.draws import symmetric_uniform, unit_uniform
-from supermask_jax.initializers import FanIn, flax_fan_in
+from supermask_jax.leaves import FanIn, Layout, stack_of
 from supermask_jax.selection import layerwise_masks, straight_through
-from supermask_jax.trees import Tree, Where, apply_masks, by_path, is_kernel, leaf_key, map_with_name, prunable
+from supermask_jax.trees import (
+    Tree,
+    Where,
+    apply_masks,
+    fan_in_of,
+    is_kernel,
+    leaf_key,
+    map_with_name,
+    prunable_floats,
+)
 
 Params = Tree
 Scores = Tree
@@ -53,13 +62,16 @@ def identity(scores: Scores, key: Key | None = None) -> Masks:
     return scores
 
 
-def edge_popup(density: float | Mapping[str, float]) -> MaskFn:
+def edge_popup(density: float | Mapping[str, float], layout: Layout | None = None) -> MaskFn:
     """Returns the mask function that keeps the `keep_count(density, size)` scores of largest magnitude in each layer.
 
     The gradient is straight-through: dL/ds = w * dL/d(w * m) * sign(s), also for weights that are pruned now.
 
     Args:
-      density: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf.
+      density: fraction kept, in [0, 1]: one for all layers, or {path: fraction} naming every prunable leaf, or
+        {"path[i]": fraction} naming the layers of a stack.
+      layout: what tells which leaves stack layers, each of which keeps its own count. None means the names, which tell
+        it of Flax's layers under `nn.scan`.
 
     Returns:
       mask_fn(scores, key) -> masks, which ignores the key.
@@ -74,8 +86,11 @@ def edge_popup(density: float | Mapping[str, float]) -> MaskFn:
     for value in density.values() if isinstance(density, Mapping) else [density]:
         exact(value)  # raises here, not at the first step
 
+    def masks_of(ranked: Scores) -> Masks:
+        return layerwise_masks(ranked, density, layout=layout)
+
     def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
-        return straight_through(jax.tree.map(_magnitude, scores), lambda ranked: layerwise_masks(ranked, density))
+        return straight_through(jax.tree.map(_magnitude, scores), masks_of)
 
     return mask_fn
 
@@ -182,7 +197,7 @@ def _bernoulli_mask_vjp(score: jax.Array, cotangent: jax.Array) -> tuple[jax.Arr
 bernoulli_mask.defvjp(lambda score, uniform: (bernoulli_mask(score, uniform), score), _bernoulli_mask_vjp)
 
 
-def rescaled(mask_fn: MaskFn) -> MaskFn:
+def rescaled(mask_fn: MaskFn, layout: Layout | None = None) -> MaskFn:
     """Returns a mask function that multiplies each layer's masks by size / ones (dynamic weight rescaling).
 
     The result is not binary: count, compare and store the masks of `mask_fn` itself. The gradient flows through the
@@ -190,41 +205,47 @@ def rescaled(mask_fn: MaskFn) -> MaskFn:
 
     Args:
       mask_fn: mask_fn(scores, key) -> masks of 0 or 1.
+      layout: what tells which leaves stack layers. None means the names.
 
     Source: Zhou et al. 2019, section 5.
     """
 
-    def scale(mask: jax.Array) -> jax.Array:
-        ones = jnp.sum(mask, dtype=jnp.float32)  # in float32: half precision cannot count
-        factor = mask.size / jnp.where(ones > 0, ones, 1)  # jnp.maximum would halve the gradient at one weight kept
+    def scale(path: str, mask: jax.Array) -> jax.Array:
+        stack = stack_of(path, mask.shape, layout)
+        within = tuple(axis for axis in range(mask.ndim) if axis not in stack)
+        # In float32: half precision cannot count.
+        ones = jnp.sum(mask, axis=within, keepdims=bool(stack), dtype=jnp.float32)
+        size = math.prod(mask.shape[axis] for axis in within)
+        factor = size / jnp.where(ones > 0, ones, 1)  # jnp.maximum would halve the gradient at one weight kept
         return mask * factor.astype(mask.dtype)
 
     def scaled_mask_fn(scores: Scores, key: Key | None = None) -> Masks:
-        return jax.tree.map(scale, mask_fn(scores, key))
+        return map_with_name(scale, mask_fn(scores, key))
 
     return scaled_mask_fn
 
 
-def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: FanIn = flax_fan_in) -> Scores:
-    """Returns scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
+def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: FanIn | None = None) -> Scores:
+    """Returns float32 scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) at the prunable leaves, None elsewhere.
+
+    They are float32 whatever the weights' dtype: in bfloat16, most scores would round an update of theirs to nothing.
 
     Args:
       key: a `jax.random.key`, not the one the weights were drawn with: a leaf's draw depends only on the key and the
         leaf's path, so that one key would draw a weight and its score from the same bits.
-      weights: tree whose shapes and dtypes the scores take.
-      where: (path, leaf) -> whether the leaf is prunable.
-      fan_in: (path, shape) -> the leaf's fan-in; for Equinox or PyTorch layouts, `equinox_fan_in`.
+      weights: tree whose shapes the scores take.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
+      fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf.
+      ValueError: `where` chooses no leaf, or nothing tells a leaf's fan-in.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: the released code of Ramanujan et al. 2020 (kaiming_uniform with a = sqrt(5)).
     """
-
-    shapes = {path: jnp.shape(leaf) for path, leaf in by_path(_scores(lambda path, leaf: leaf, weights, where)).items()}
-    drawn = _symmetric(key, tuple((path, shape, 1 / math.sqrt(fan_in(path, shape))) for path, shape in shapes.items()))
-    return _scores(lambda path, leaf: drawn[path].astype(leaf.dtype), weights, where)
+    shapes, inputs = prunable_floats(weights, where), fan_in_of(fan_in, where)
+    drawn = _symmetric(key, tuple((path, shape, 1 / math.sqrt(inputs(path, shape))) for path, shape in shapes.items()))
+    return map_with_name(lambda path, leaf: drawn.get(path), weights)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -234,11 +255,13 @@ def _symmetric(key: Key, leaves: tuple[tuple[str, tuple[int, ...], float], ...])
 
 
 def zero_scores(weights: Params, where: Where = is_kernel) -> Scores:
-    """Returns scores of 0 at the prunable leaves, None elsewhere: for `bernoulli`, a probability of 1/2 each.
+    """Returns float32 scores of 0 at the prunable leaves, None elsewhere: for `bernoulli`, a probability of 1/2 each.
+
+    They are float32 whatever the weights' dtype: in bfloat16, most scores would round an update of theirs to nothing.
 
     Args:
-      weights: tree whose shapes and dtypes the scores take.
-      where: (path, leaf) -> whether the leaf is prunable.
+      weights: tree whose shapes the scores take.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Raises:
       ValueError: `where` chooses no leaf.
@@ -246,18 +269,5 @@ def zero_scores(weights: Params, where: Where = is_kernel) -> Scores:
 
     Source: the released code of Zhou et al. 2019.
     """
-    return _scores(lambda path, leaf: jnp.zeros_like(leaf), weights, where)
-
-
-def _scores(make: Callable[[str, jax.Array], jax.Array], weights: Params, where: Where) -> Scores:
-    """make(path, leaf) at the prunable leaves, which must be of floats; None elsewhere."""
-    chosen = prunable(weights, where)
-
-    def score(path: str, leaf: jax.Array) -> Any:
-        if path not in chosen:
-            return None
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"only floats are prunable; {path!r} has {leaf.dtype}")
-        return make(path, leaf)
-
-    return map_with_name(score, weights)
+    shapes = prunable_floats(weights, where)
+    return map_with_name(lambda path, leaf: jnp.zeros(shapes[path], jnp.float32) if path in shapes else None, weights)

@@ -31,36 +31,67 @@ def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
 
 
+class _Place(NamedTuple):
+    """Where an array's rankings are in the vectors of the search: one, or one for each layer that it stacks."""
+
+    first: int
+    stack: tuple[int, ...]  # the shape of its leading axes that count layers
+
+    def of(self, vector: jax.Array, rank: int) -> jax.Array:
+        """The array's entries of a vector, of a shape that combines with an array of that rank."""
+        if not self.stack:
+            return vector[self.first]
+        own = vector[self.first : self.first + math.prod(self.stack)]
+        return own.reshape(self.stack + (1,) * (rank - len(self.stack)))
+
+
 # Compiled, so that a call outside jit costs one compilation per set of shapes and not one per call.
-@partial(jax.jit, static_argnames="groups", inline=True)
-def highest(keys: list[jax.Array], counts: list[Any], groups: tuple[int, ...]) -> list[jax.Array]:
-    """Boolean masks of the counts[g] highest keys among the arrays whose group is g; ties by flat index."""
-    full = [(key, g) for key, g in zip(keys, groups, strict=True) if key.size]
-    if not full:
+@partial(jax.jit, static_argnames=("groups", "stacks"), inline=True)
+def highest(
+    keys: list[jax.Array], counts: list[Any], groups: tuple[int, ...], stacks: tuple[int, ...] | None = None
+) -> list[jax.Array]:
+    """Boolean masks of the counts[g] highest keys among the arrays whose group is g; ties by flat index.
+
+    stacks[i]: how many leading axes of keys[i] count layers, each of which is ranked by itself; such an array is alone
+    in its group, and counts[g] is one number for all of them, or an array of those axes.
+    """
+    whole = [
+        (key, g, key.shape[:leading])
+        for key, g, leading in zip(keys, groups, stacks or (0,) * len(keys), strict=True)
+        if key.size
+    ]
+    if not whole:
         return [jnp.zeros(key.shape, bool) for key in keys]
-    arrays = [key for key, _ in full]
-    present = sorted({g for _, g in full})
-    member = [present.index(g) for _, g in full]
-    wanted = jnp.stack([jnp.asarray(counts[g], jnp.int32) for g in present])
-    bracket = _search(arrays, member, wanted)
+    arrays, starts, wanted = [key for key, _, _ in whole], {}, []
+    for _, g, stack in whole:
+        if g not in starts:
+            starts[g] = sum(part.size for part in wanted)
+            wanted.append(jnp.broadcast_to(jnp.asarray(counts[g], jnp.int32), stack).ravel())
+    places = [_Place(starts[g], stack) for _, g, stack in whole]
+    wanted = jnp.concatenate(wanted)
+    bracket = _search(arrays, places, wanted)
     straddles = (bracket.at_low > wanted) & (wanted > 0)
 
     def cut(_):
-        return [(key >= bracket.low[g]) & (wanted[g] > 0) for key, g in zip(arrays, member, strict=True)]
+        return [
+            (key >= place.of(bracket.low, key.ndim)) & (place.of(wanted, key.ndim) > 0)
+            for key, place in zip(arrays, places, strict=True)
+        ]
 
     def cut_ties(_):
         tied = [
-            jnp.where(key == bracket.low[g], index, -1)
-            for key, g, index in zip(arrays, member, _flat_indices(arrays, member), strict=True)
+            jnp.where(key == place.of(bracket.low, key.ndim), index, -1)
+            for key, place, index in zip(arrays, places, _flat_indices(arrays, places), strict=True)
         ]
-        sizes = jnp.array(_sizes(arrays, member), jnp.int32)
+        sizes = jnp.array(_sizes(arrays, places), jnp.int32)
         # A group whose cut is clean asks for all its indices, which ends its search before it begins.
         lowest = jnp.where(straddles, wanted - bracket.at_high, sizes)
-        first = _search(tied, member, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
-        return [
-            ((key > bracket.low[g]) | ((key == bracket.low[g]) & (index >= first[g]))) & (wanted[g] > 0)
-            for key, g, index in zip(arrays, member, tied, strict=True)
-        ]
+        first = _search(tied, places, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
+        masks = []
+        for key, place, index in zip(arrays, places, tied, strict=True):
+            low, least, some = (place.of(vector, key.ndim) for vector in (bracket.low, first, wanted > 0))
+            masks.append(((key > low) | ((key == low) & (index >= least))) & some)
+        return masks
 
     masks = iter(lax.cond(jnp.any(straddles), cut_ties, cut, None))
     return [next(masks) if key.size else jnp.zeros(key.shape, bool) for key in keys]
@@ -81,26 +112,27 @@ HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
 
 
 def _search(
-    keys: list[jax.Array], member: list[int], wanted: jax.Array, ends: tuple[jax.Array, jax.Array] | None = None
+    keys: list[jax.Array], places: list[_Place], wanted: jax.Array, ends: tuple[jax.Array, jax.Array] | None = None
 ) -> _Bracket:
     """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
 
-    keys: int32 arrays; member[i]: the group of keys[i]; wanted: int32 [groups], each in [1, keys of the group]
+    keys: int32 arrays; places[i]: where keys[i] is ranked; wanted: int32 [groups], each in [1, keys of the group]
     (a group that wants 0 keys is closed from the start); ends: per group a key that is not above its lowest and one
     that is above its highest, where known.
     """
-    sizes = jnp.array(_sizes(keys, member), jnp.int32)
-    sample = _sample(keys, member, wanted)
+    sizes = jnp.array(_sizes(keys, places), jnp.int32)
+    sample = _sample(keys, places, wanted)
 
     def is_open(b):
         return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
 
     def step(b):
         probe = _probe(b, wanted, sample)
-        counts: list[Any] = [0] * len(sizes)
-        for key, g in zip(keys, member, strict=True):
-            counts[g] += _count(key, probe[g])
-        at = jnp.stack(counts)
+        counts: dict[int, Any] = {}
+        for key, place in zip(keys, places, strict=True):
+            number = _count(key, place.of(probe, key.ndim), len(place.stack)).ravel()
+            counts[place.first] = counts.get(place.first, 0) + number
+        at = jnp.concatenate([counts[first] for first in sorted(counts)])
         up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
         stalled = (at_low - at_high) * 4 > b.before
@@ -140,7 +172,8 @@ def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
     near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
     past = jnp.where(b.at_low - wanted > wanted - b.at_high, near, -near)
     aim = wanted + jnp.where(b.turn == OVERSHOOT, past, 0)
-    share = jnp.clip((b.at_low - aim) / jnp.maximum(b.at_low - b.at_high, 1), 0, 1)
+    above, between = (difference.astype(jnp.float32) for difference in (b.at_low - aim, b.at_low - b.at_high))
+    share = jnp.clip(above / jnp.maximum(between, 1), 0, 1)
     offset = jnp.where(b.turn == HALVE, width >> 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
     offset = jnp.where(b.turn == STEP, 1, offset)
     probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
@@ -152,7 +185,7 @@ def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
     return jnp.clip(probe, b.low + 1, b.high - 1)
 
 
-def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sample:
+def _sample(keys: list[jax.Array], places: list[_Place], wanted: jax.Array) -> _Sample:
     """About SAMPLE keys of each group, with quantiles three deviations apart around the threshold's.
 
     Where the sample is the whole group, both are the threshold itself.
@@ -160,50 +193,61 @@ def _sample(keys: list[jax.Array], member: list[int], wanted: jax.Array) -> _Sam
     rows: list[jax.Array] = []
     lows: list[jax.Array] = []
     highs: list[jax.Array] = []
-    for group, size in enumerate(_sizes(keys, member)):
-        parts = [_slice(key, SAMPLE / size).ravel() for key, g in zip(keys, member, strict=True) if g == group]
-        row = jnp.sort(jnp.concatenate(parts))  # sorting also leaves it whole on every device of a mesh
-        share, drawn = wanted[group] / size, row.size
+    sizes = _sizes(keys, places)
+    for first in sorted({place.first for place in places}):
+        own = [(key, len(place.stack)) for key, place in zip(keys, places, strict=True) if place.first == first]
+        size, layers = sizes[first], math.prod(own[0][0].shape[: own[0][1]])
+        parts = [_slice(key, SAMPLE / size, leading).reshape(layers, -1) for key, leading in own]
+        row = jnp.sort(jnp.concatenate(parts, axis=1))  # sorting also leaves it whole on every device of a mesh
+        drawn = row.shape[1]
+        share = wanted[first : first + layers].astype(jnp.float32) / size
         margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
         for side, ends in ((1, lows), (-1, highs)):
             rank = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn).astype(jnp.int32)  # 1 for the highest
-            ends.append(row[drawn - rank])
+            ends.append(jnp.take_along_axis(row, drawn - rank[:, None], axis=1)[:, 0])
         rows.append(row)
-    drawn = max(row.size for row in rows)
-    padded = [jnp.pad(row, (0, drawn - row.size), constant_values=INT32_MIN) for row in rows]
-    return _Sample(jnp.stack(padded), jnp.stack(lows), jnp.stack(highs))
+    drawn = max(row.shape[1] for row in rows)
+    padded = [jnp.pad(row, ((0, 0), (0, drawn - row.shape[1])), constant_values=INT32_MIN) for row in rows]
+    return _Sample(jnp.concatenate(padded), jnp.concatenate(lows), jnp.concatenate(highs))
 
 
-def _slice(key: jax.Array, share: float) -> jax.Array:
-    """About this share of the keys, and at least one: a slice with strides, of which little moves between shards."""
-    wanted = max(round(share * key.size), 1)
-    for axis in np.argsort(key.shape)[::-1].tolist():
-        stride = min(key.shape[axis], max(key.size // wanted, 1))
+def _slice(key: jax.Array, share: float, leading: int) -> jax.Array:
+    """About this share of each layer's keys, and at least one: a slice with strides, which moves little between shards.
+
+    The leading axes count layers, and stay whole.
+    """
+    layers = math.prod(key.shape[:leading])
+    wanted = max(round(share * (key.size // layers)), 1)
+    for axis in (leading + np.argsort(key.shape[leading:])[::-1]).tolist():
+        stride = min(key.shape[axis], max(key.size // layers // wanted, 1))
         key = lax.slice_in_dim(key, 0, None, stride=stride, axis=axis)
     return key
 
 
-def _count(key: jax.Array, threshold: jax.Array) -> jax.Array:
-    """int32 number of keys >= threshold.
+def _count(key: jax.Array, threshold: jax.Array, leading: int) -> jax.Array:
+    """int32 [leading axes]: how many keys of each layer are >= threshold.
 
     On a CPU the rows are summed by a product with ones, more than twice as fast as an integer sum and, unlike a float
     sum, fast whatever the compiler's options. Elsewhere one sum over all axes, which a mesh exchanges as one number.
     Both are exact: no float exceeds 2**24.
     """
+    over = tuple(range(leading, key.ndim))
 
     def by_rows(part):
-        return jnp.sum((part @ jnp.ones(part.shape[-1])).astype(jnp.int32))
+        rows = (part @ jnp.ones(part.shape[-1], jnp.float32)).astype(jnp.int32)
+        return jnp.sum(rows, axis=over[:-1], dtype=jnp.int32)
 
     def at_once(part):
         axes, size = [], 1
-        for axis in reversed(range(part.ndim)):
+        for axis in reversed(over):
             if size * part.shape[axis] <= EXACT_IN_FLOAT32:
                 axes.append(axis)
                 size *= part.shape[axis]
-        return jnp.sum(jnp.sum(part, axis=tuple(axes)).astype(jnp.int32))
+        exact = jnp.sum(part, axis=tuple(axes), keepdims=True).astype(jnp.int32)
+        return jnp.sum(exact, axis=over, dtype=jnp.int32)
 
     part = (key >= threshold).astype(jnp.float32)
-    if part.ndim < 2 or part.shape[-1] > EXACT_IN_FLOAT32:
+    if len(over) < 2 or part.shape[-1] > EXACT_IN_FLOAT32:
         return at_once(part)
     return lax.platform_dependent(part, cpu=by_rows, default=at_once)
 
@@ -212,23 +256,26 @@ def _width(b: _Bracket) -> jax.Array:
     return (b.high - b.low).astype(jnp.uint32)  # up to 2**32 - 1: wraps right only without a sign
 
 
-def _sizes(keys: list[jax.Array], member: list[int]) -> list[int]:
-    sizes = [0] * (max(member) + 1)
-    for key, g in zip(keys, member, strict=True):
-        sizes[g] += key.size
-    if max(sizes) > INT32_MAX - 1:
+def _sizes(keys: list[jax.Array], places: list[_Place]) -> list[int]:
+    """How many keys each group has."""
+    sizes: dict[int, int] = {}
+    for key, place in zip(keys, places, strict=True):
+        layers = math.prod(place.stack)
+        for group in range(place.first, place.first + layers):
+            sizes[group] = sizes.get(group, 0) + key.size // layers
+    if max(sizes.values()) > INT32_MAX - 1:
         raise ValueError("more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits")
-    return sizes
+    return [sizes[group] for group in sorted(sizes)]
 
 
-def _flat_indices(arrays: list[jax.Array], member: list[int]) -> list[jax.Array]:
+def _flat_indices(arrays: list[jax.Array], places: list[_Place]) -> list[jax.Array]:
     """Flat index of every element within its group, from an iota per axis: a ravel would gather a sharded array."""
-    start, indices = dict.fromkeys(member, 0), []
-    for array, g in zip(arrays, member, strict=True):
-        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-        index = jnp.full(array.shape, start[g], jnp.int32)
-        for axis, stride in enumerate(strides):
+    start, indices = {place.first: 0 for place in places}, []
+    for array, (first, stack) in zip(arrays, places, strict=True):
+        index = jnp.full(array.shape, start[first], jnp.int32)
+        for axis in range(len(stack), array.ndim):
+            stride = math.prod(array.shape[axis + 1 :])
             index = index + lax.broadcasted_iota(jnp.int32, array.shape, axis) * stride
         indices.append(index)
-        start[g] += array.size
+        start[first] += array.size
     return indices

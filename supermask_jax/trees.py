@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
-Where = Callable[[str, jax.Array], bool]
-"""where(path, leaf) -> whether the leaf is prunable."""
+from supermask_jax.leaves import FanIn, FanOut, Layout, named_fan_in, named_fan_out, stack_of
+from supermask_jax.names import NOT_KERNELS as NOT_KERNELS
+from supermask_jax.names import is_kernel as is_kernel  # public here, too
+from supermask_jax.names import shape_of
 
-NOT_KERNELS = ("bias", "b", "scale", "embedding")
+Tree = Any
+Where = Callable[[str, jax.Array], bool] | Layout
+"""where(path, leaf) -> whether the leaf is prunable. A `Layout` says so, and what the axes of the leaf do."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -46,30 +49,66 @@ def map_with_name(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: f(path_name(path), *leaves), tree, *rest)
 
 
-def is_kernel(path: str, leaf: jax.Array) -> bool:
-    """Returns whether a leaf is prunable by default: it has two or more axes, and its name is not one of `NOT_KERNELS`.
-
-    The names are Flax's: bias, b, scale, embedding. An Equinox `Embedding` calls its table `weight`; exclude it with a
-    predicate of your own.
-
-    Args:
-      path: the leaf's keys joined by "/": "Conv_0/kernel". Its name is the last of them.
-      leaf: the array, or its shape.
-    """
-    return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] not in NOT_KERNELS
-
-
 def prunable(weights: Tree, where: Where = is_kernel) -> dict[str, tuple[int, ...]]:
     """Returns {path: shape} of the leaves that `where(path, leaf)` chooses.
 
     Raises:
       ValueError: `where` chooses no leaf; the message lists the paths that there are.
+      TypeError: a leaf is neither an array nor a number.
     """
     leaves = by_path(weights)
-    chosen = {path: jnp.shape(leaf) for path, leaf in leaves.items() if where(path, leaf)}
+    chosen = {path: checked_shape(path, leaf) for path, leaf in leaves.items() if where(path, leaf)}
     if not chosen:
         raise ValueError(f"the predicate matches no leaf; the leaves are: {', '.join(leaves) or '(none)'}")
     return chosen
+
+
+def prunable_floats(weights: Tree, where: Where = is_kernel) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of the leaves that `where(path, leaf)` chooses.
+
+    Raises:
+      ValueError: `where` chooses no leaf; the message lists the paths that there are.
+      TypeError: a chosen leaf is not of real floating-point numbers.
+    """
+    chosen, leaves = prunable(weights, where), by_path(weights)
+    for path in chosen:
+        kind = jnp.result_type(leaves[path])
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(f"only floats are prunable; {path!r} has {kind}")
+    return chosen
+
+
+def at_most_32_bits(scores: jax.Array | None) -> jax.Array | None:
+    """Returns the scores in float32 if they are wider, as those of float64 weights are: the selection ranks 32 bits."""
+    return scores.astype(jnp.float32) if scores is not None and scores.dtype.itemsize > 4 else scores
+
+
+def checked_shape(path: str, leaf: Any) -> tuple[int, ...]:
+    """Returns the shape of a leaf as Python integers.
+
+    Raises:
+      TypeError: the leaf is neither an array nor a number.
+    """
+    if not hasattr(leaf, "shape") and not isinstance(leaf, int | float | complex | np.number):
+        raise TypeError(f"the leaves of weights are arrays; {path!r} is a {type(leaf).__name__}")
+    return shape_of(leaf)
+
+
+def layout_of(where: Where | None) -> Layout | None:
+    """Returns `where` if it is a `Layout`, which tells what the axes of the leaves do; else None: the names tell."""
+    return where if isinstance(where, Layout) else None
+
+
+def fan_in_of(fan_in: FanIn | None, where: Where | None = None) -> FanIn:
+    """Returns the given fan_in(path, shape); of None, that of the layout that `where` is, or that of the names."""
+    layout = layout_of(where)
+    return fan_in or (layout.fan_in if layout else named_fan_in)
+
+
+def fan_out_of(fan_out: FanOut | None, where: Where | None = None) -> FanOut:
+    """Returns the given fan_out(path, shape); of None, that of the layout that `where` is, or that of the names."""
+    layout = layout_of(where)
+    return fan_out or (layout.fan_out if layout else named_fan_out)
 
 
 def per_path(value: Any, paths: Iterable[str]) -> dict[str, Any]:
@@ -78,18 +117,36 @@ def per_path(value: Any, paths: Iterable[str]) -> dict[str, Any]:
     Raises:
       ValueError: the mapping names a path that is not there, or leaves one out.
     """
-    paths = list(paths)
+    return per_layer(value, dict.fromkeys(paths, ()))
+
+
+def layer_name(path: str, index: tuple[int, ...]) -> str:
+    """Returns the name of a layer in a stack: "blocks/Dense_0/kernel[3]"; of a leaf that stacks none, its path."""
+    return f"{path}[{','.join(map(str, index))}]" if index else path
+
+
+def per_layer(value: Any, stacks: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns {layer: value}, from a single value or from a mapping; a layer of a stack is called "path[i]".
+
+    Args:
+      value: one for all, or {path: value} or {"path[i]": value} naming every layer.
+      stacks: {path: how many layers the leaf stacks, by axis}; () for a leaf that is one layer.
+
+    Raises:
+      ValueError: the mapping names a layer that is not there, or leaves one out.
+    """
+    layers = {layer_name(path, index): path for path, stack in stacks.items() for index in np.ndindex(*stack)}
     if not isinstance(value, Mapping):
-        return dict.fromkeys(paths, value)
+        return dict.fromkeys(layers, value)
     for name in value:
-        if name not in paths:
-            near = difflib.get_close_matches(name, paths, n=1)
+        if name not in layers and name not in stacks:
+            near = difflib.get_close_matches(name, stacks, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no prunable leaf has the path {name!r}{hint}; there are: {', '.join(paths)}")
-    missing = [path for path in paths if path not in value]
+            raise ValueError(f"no prunable leaf has the path {name!r}{hint}; there are: {', '.join(stacks)}")
+    missing = [name for name, path in layers.items() if name not in value and path not in value]
     if missing:
         raise ValueError(f"the mapping leaves out {', '.join(missing)}; it must name every prunable leaf")
-    return {path: value[path] for path in paths}
+    return {name: value[name] if name in value else value[path] for name, path in layers.items()}
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
@@ -98,20 +155,67 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def apply_masks(weights: Tree, masks: Tree) -> Tree:
-    """Returns weights * masks in the weights' dtypes; leaves whose mask is None pass unchanged."""
-    return jax.tree.map(lambda w, m: w if m is None else w * m.astype(w.dtype), weights, masks)
+    """Returns weights * masks in the weights' dtypes; leaves whose mask is None pass unchanged.
+
+    Raises:
+      ValueError: a mask has another shape than its weights.
+    """
+
+    def masked(path: str, weight: jax.Array, mask: jax.Array | None) -> jax.Array:
+        if mask is None:
+            return weight
+        if jnp.shape(mask) != jnp.shape(weight):
+            raise ValueError(f"the mask of {path!r} has shape {jnp.shape(mask)}, its weights {jnp.shape(weight)}")
+        return weight * mask.astype(weight.dtype)
+
+    return map_with_name(masked, weights, masks)
 
 
-def layer_densities(masks: Tree) -> dict[str, float]:
-    """Returns {path: fraction of ones} of every mask.
+def stacks_of(tree: Tree, layout: Layout | None = None) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape of the axes that count layers}; () for a leaf that is one layer.
+
+    Args:
+      tree: masks or scores, None at leaves that are not prunable.
+      layout: what tells the axes; None means the names.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in by_path(tree).items()}
+    return {path: tuple(shape[axis] for axis in stack_of(path, shape, layout)) for path, shape in shapes.items()}
+
+
+def layer_densities(masks: Tree, layout: Layout | None = None) -> dict[str, float]:
+    """Returns {path: fraction of ones} of every mask; of each layer of a stack, {"path[i]": fraction of ones}.
 
     Args:
       masks: tree of 0 or 1, None at leaves that are not prunable. Not for jit.
+      layout: what tells which leaves stack layers; None means the names, which tell it of Flax's layers under
+        `nn.scan`.
 
     Raises:
       ValueError: a mask has values other than 0 and 1 (the message names its path), or there is no mask at all.
     """
-    return {path: float(ones / max(size, 1)) for path, (ones, size) in ones_and_sizes(masks).items()}
+    return {name: float(ones / max(size, 1)) for name, (ones, size) in layer_counts(masks, layout).items()}
+
+
+def layer_counts(masks: Tree, layout: Layout | None = None) -> dict[str, tuple[int, int]]:
+    """Returns {name: (number of ones, size)} of every layer; of a stack, by "path[i]".
+
+    Args:
+      masks: tree of 0 or 1, None at leaves that are not prunable. Not for jit.
+      layout: what tells which leaves stack layers; None means the names.
+
+    Raises:
+      ValueError: a mask has values other than 0 and 1 (the message names its path), or there is no mask at all.
+    """
+    whole, counts = ones_and_sizes(masks), {}
+    for path, mask in by_path(masks).items():
+        stack = stack_of(path, jnp.shape(mask), layout)
+        if not stack:
+            counts[path] = whole[path]
+            continue
+        layers = np.moveaxis(np.asarray(mask), stack, range(len(stack)))
+        for index in np.ndindex(*layers.shape[: len(stack)]):
+            counts[layer_name(path, index)] = (int(np.count_nonzero(layers[index])), layers[index].size)
+    return counts
 
 
 def density(masks: Tree) -> float:

@@ -27,6 +27,13 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_collection_modifyitems(config, items):
+    if jax.config.jax_enable_x64:
+        for item in items:
+            if item.get_closest_marker("float32"):
+                item.add_marker(pytest.mark.skip(reason="its arrays are float32 by default"))
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(config.compiled, ignore_errors=True)
 

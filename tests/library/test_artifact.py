@@ -62,6 +62,7 @@ def small():
 # Round trips.
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("kind", networks.KINDS)
 def test_a_network_is_loaded_as_it_was_saved(kind, file):
     network = networks.network(kind)
@@ -170,6 +171,7 @@ def test_trained_weights_keep_their_bits_also_where_they_are_no_numbers(file):
     same(sm.load_subnetwork(file).weights, weights)
 
 
+@pytest.mark.float32
 def test_wide_numbers_are_loaded_where_64_bits_are_on_and_refused_elsewhere(file):
     with jax.enable_x64(True):
         weights = initializers.kaiming_normal(KEY, {"kernel": jnp.zeros((5, 4), jnp.float64)})
@@ -269,6 +271,7 @@ def test_random_masks_take_at_most_three_percent_more_than_their_entropy(shapes,
     assert size < coded + 900
 
 
+@pytest.mark.float32
 def test_a_supermask_network_takes_a_bit_a_weight_and_a_thousand_bytes(file):
     """LeNet-300-100 has 266,200 weights: 33,275 bytes of bits, 1,064,800 of float32."""
     shapes = {layer: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[-1])} for layer, shape in LENET.items()}

@@ -268,6 +268,7 @@ def test_the_step_is_compiled_once_and_the_masks_are_not_given_away(tx):
     chex.assert_tree_all_finite(given)
 
 
+@pytest.mark.float32
 def test_new_masks_take_the_dtype_of_the_old():
     state, _ = trained(OPTIMIZERS["sgd"], steps=0)
     masks = dynamic.replace_masks(state, OPTIMIZERS["sgd"], {"kernel": np.eye(4, 1, dtype=bool), "bias": None})

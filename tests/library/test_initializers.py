@@ -262,18 +262,19 @@ def test_only_the_chosen_leaves_are_drawn_and_dtypes_are_kept(name):
     assert only["a"]["kernel"] is weights["a"]["kernel"] and only["a"]["bias"].shape == (4,)
 
 
-def test_scores_take_the_weights_dtypes_and_are_none_where_nothing_is_prunable():
+def test_scores_are_float32_whatever_the_weights_are_and_none_where_nothing_is_prunable():
     scores = sm.init_scores(
         jax.random.key(KEY), {"kernel": jnp.zeros((5, 4), jnp.bfloat16), "bias": jnp.zeros(4, jnp.float32)}
     )
-    assert scores["bias"] is None and scores["kernel"].dtype == jnp.bfloat16 and scores["kernel"].shape == (5, 4)
+    assert scores["bias"] is None and scores["kernel"].dtype == jnp.float32 and scores["kernel"].shape == (5, 4)
 
 
 @pytest.mark.parametrize("density", (None, 0.3, 0.7))
 @pytest.mark.parametrize(("shape", "fans"), (((300, 100), 400), ((3, 3, 16, 32), 9 * 48), ((5, 16, 32), 5 * 48)))
 def test_glorot_normal_is_the_kaiming_draw_scaled_by_both_fans(shape, fans, density):
     """Its variance is 2 / (fan_in + fan_out): 784 inputs and 300 outputs make 2 / 1084."""
-    glorot = np.asarray(initializers.glorot_normal(jax.random.key(KEY), zeros(*shape), density)["kernel"])
+    fans_of = {"fan_in": sm.flax_fan_in, "fan_out": sm.flax_fan_out}
+    glorot = np.asarray(initializers.glorot_normal(jax.random.key(KEY), zeros(*shape), density, **fans_of)["kernel"])
     bits = np.asarray(jax.random.bits(leaf_key(), shape, jnp.uint32))
     expected = initializers.standard_normal(bits).astype(np.float64) * math.sqrt(2 / fans / (density or 1))
     np.testing.assert_allclose(glorot, expected, rtol=3e-7)

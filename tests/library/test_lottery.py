@@ -47,7 +47,10 @@ def test_the_least_magnitudes_of_all_layers_go_and_of_each_layer():
 
 def test_a_fraction_is_of_what_is_left_and_nothing_pruned_comes_back():
     masks = {"first": {"kernel": jnp.array([[1.0, 0], [1, 1]]), "bias": None}, "last": jnp.array([[0.0, 1]])}
-    assert flat(lottery.prune(TINY, masks, 0.5)) == {"first/kernel": [[0, 0], [1, 1]], "last": [[0, 0]]}
+    with pytest.warns(UserWarning, match="pruned whole: last; minimum=1"):
+        halved = lottery.prune(TINY, masks, 0.5)
+    assert flat(halved) == {"first/kernel": [[0, 0], [1, 1]], "last": [[0, 0]]}
+    assert ones(lottery.prune(TINY, masks, 0.5, minimum=1)) == {"first/kernel": 1, "last": 1}
     assert flat(lottery.prune(TINY, masks, 0.0)) == flat(masks)
     assert sum(ones(lottery.prune(TINY, masks, 1.0)).values()) == 0
 

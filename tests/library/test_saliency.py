@@ -117,6 +117,7 @@ def test_scores_keep_dtype_and_structure_and_do_not_depend_on_compilation(method
     chex.assert_trees_all_close(compiled, scores, rtol=1e-6 if dtype == jnp.float32 else 0.02)
 
 
+@pytest.mark.float32
 def test_the_loss_is_given_the_state_and_the_key():
     def scaled(params, model_state, batch, key):
         loss, aux = loss_fn(params, model_state, batch, key)
@@ -301,6 +302,7 @@ def test_one_round_is_one_shot_pruning():
     chex.assert_trees_all_equal(prune_in_rounds(lambda masks: scores, 0.3, 1), sm.global_masks(scores, 0.3))
 
 
+@pytest.mark.float32
 def test_no_slip_of_floating_point_keeps_a_weight_too_many():
     counts, (scores,) = [], draws(1)
     with pytest.warns(UserWarning, match="pruned whole"):

@@ -183,6 +183,7 @@ def test_a_fraction_gives_global_masks_an_exact_count():
         assert sum(int(mask.sum()) for mask in masks.values()) == count
 
 
+@pytest.mark.float32
 def test_global_masks_refuse_to_keep_more_than_the_masks_within_or_masks_that_do_not_fit():
     scores, within = {"a": jnp.ones(5), "b": jnp.ones(5)}, {"a": jnp.array([0.0, 1, 0, 1, 0]), "b": jnp.zeros(5)}
     with pytest.raises(ValueError, match="cannot keep 3 of the 2 weights"):
@@ -237,6 +238,7 @@ def test_two_of_four_by_hand_and_of_equal_scores_the_lowest_index_loses():
     chex.assert_trees_all_equal(sm.n_m_masks({"": rows.T}, 2, 4, 0)[""], expected.T)
 
 
+@pytest.mark.float32
 def test_n_m_masks_take_an_axis_for_each_path_and_keep_the_dtype():
     scores = {"a": jnp.arange(8, dtype=jnp.bfloat16).reshape(2, 4), "b": jnp.arange(8.0).reshape(2, 4)}
     masks = sm.n_m_masks(scores, 1, 2, {"a": 0, "b": 1})
@@ -251,6 +253,7 @@ def test_n_of_m_out_of_range_is_refused(n_m):
         sm.n_m_masks({"layer": jnp.ones(8)}, *n_m, 0)
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("axis", (0, 2, -3))
 def test_an_axis_that_is_not_there_or_that_m_does_not_divide_is_refused(axis):
     with pytest.raises(ValueError, match=rf"'layer' \(6, 4\) has no axis {axis} whose size 4 divides"):
@@ -323,6 +326,7 @@ def test_other_scores_and_other_counts_compile_nothing_new():
     assert step._cache_size() == 1
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("select", (sm.keep_highest, sm.layerwise_masks, sm.global_masks))
 def test_nan_scores_are_refused_and_the_layer_is_named(select):
     scores = {"good": jnp.zeros(3), "bad": jnp.array([0.0, jnp.nan])}
@@ -337,12 +341,14 @@ def test_scores_that_are_not_floats_of_at_most_32_bits_are_refused(select, dtype
         select({"layer": np.ones(5, dtype)}, {"layer": 1} if select is sm.keep_highest else 0.3)
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("count", (-1, 6))
 def test_a_count_out_of_range_is_refused(count):
     with pytest.raises(ValueError, match=f"cannot keep {count} of the 5 weights .* 'layer'"):
         sm.keep_highest({"layer": jnp.ones(5)}, {"layer": count})
 
 
+@pytest.mark.float32
 def test_more_than_the_masks_within_keep_is_refused():
     with pytest.raises(ValueError, match="cannot keep 3 of the 2 weights"):
         sm.keep_highest({"layer": jnp.ones(5)}, {"layer": 3}, {"layer": jnp.array([0.0, 1, 0, 1, 0])})
@@ -362,6 +368,7 @@ def test_within_must_have_the_shape_of_its_scores():
         sm.keep_highest({"layer": np.ones(5, np.float32)}, {"layer": 1}, {"layer": np.ones((), np.float32)})
 
 
+@pytest.mark.float32
 def test_counts_must_name_every_leaf_and_nothing_else():
     scores = {"Dense_0": {"kernel": jnp.ones(5)}, "Dense_1": {"kernel": jnp.ones(5)}}
     with pytest.raises(ValueError, match=r"'Dense_0/kernl'.*did you mean 'Dense_0/kernel'"):

@@ -37,9 +37,11 @@ def test_adding_a_layer_changes_no_other_scores():
         np.testing.assert_array_equal(before[name]["kernel"], after[name]["kernel"])
 
 
-def test_scores_take_the_weights_dtype():
-    scores = sm.init_scores(jax.random.key(1), {"kernel": jnp.ones((4, 4), jnp.bfloat16)})
-    assert scores["kernel"].dtype == jnp.bfloat16
+def test_scores_are_float32_and_the_product_has_the_weights_dtype():
+    weights = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    scores = sm.init_scores(jax.random.key(1), weights)
+    assert scores["kernel"].dtype == jnp.float32
+    assert sm.subnetwork(sm.edge_popup(0.3), sm.Subnet(weights, scores))["kernel"].dtype == jnp.bfloat16
 
 
 def test_a_predicate_that_matches_nothing_raises_with_the_paths():
@@ -93,6 +95,7 @@ def test_score_gradient_is_the_closed_form_for_kept_and_pruned_weights_alike(den
         assert np.all(np.asarray(gradient[layer]["kernel"]) != 0)
 
 
+@pytest.mark.float32
 def test_subnetwork_is_weights_times_masks_and_leaves_the_rest():
     subnet = sm.Subnet(weights(), sm.init_scores(jax.random.key(1), weights()))
     params = sm.subnetwork(sm.edge_popup(0.3), subnet)
@@ -127,7 +130,7 @@ def kernels(tree):
 
 def test_zero_scores_are_zero_at_the_prunable_leaves_and_none_elsewhere():
     scores = sm.zero_scores({**weights(), "half": jnp.ones((2, 3), jnp.bfloat16)})
-    assert scores["Conv_0"]["bias"] is None and scores["half"].dtype == jnp.bfloat16
+    assert scores["Conv_0"]["bias"] is None and scores["half"].dtype == jnp.float32
     assert all(not leaf.any() for leaf in kernels({"a": {"kernel": scores["half"]}, "b": scores["Dense_0"]}).values())
     only = sm.zero_scores(weights(), where=lambda path, leaf: path == "Dense_0/kernel")
     assert len(jax.tree.leaves(only)) == 1

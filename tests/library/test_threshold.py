@@ -47,6 +47,7 @@ def test_leaves_that_are_not_prunable_stay_none():
     assert masks["Dense_0"]["bias"] is None and masks["Dense_1"]["kernel"].shape == (5, 5)
 
 
+@pytest.mark.float32
 def test_a_score_is_compared_with_the_threshold_alone_and_not_with_other_scores():
     """Edge-popup ranks: a weight's mask depends on all scores of its layer. Here it does not."""
     scores = jax.random.normal(jax.random.key(2), (40,))
@@ -55,6 +56,7 @@ def test_a_score_is_compared_with_the_threshold_alone_and_not_with_other_scores(
     assert mask_of(scores, 0.3).tolist() == [float(s > np.float32(0.3)) for s in scores]
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("t", [0.0, 0.3])
 def test_score_gradient_is_the_closed_form_for_kept_and_pruned_weights_alike(t):
     """dL/ds = w * dL/d(w * m), without a sign(s); jitted and not."""

@@ -1,0 +1,220 @@
+"""What every leaf of a user's own network is: read from the traced network, from names, or as the user says.
+
+`describe` makes the `Layout` that is given wherever the library takes `where` or `layout`. `inspect` shows it as a
+table, with warnings of what would silently go wrong.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from supermask_jax.densities import keep_count
+from supermask_jax.leaves import AXES, Layout, Leaf, leaf_of, unknown_axes
+from supermask_jax.names import gate_stack, is_closed, is_gate, no_kernel
+from supermask_jax.trees import Tree, by_path, checked_shape
+from supermask_jax.usage import Use, uses
+
+LAYERS_FOR = 16  # an unstacked leaf whose first axis is at most this may be a stack that nothing tells
+
+
+def describe(
+    apply_fn: Callable[[Tree, Tree], Tree] | None,
+    weights: Tree,
+    example: Tree = None,
+    axes: Mapping[str, str | None] | None = None,
+) -> Layout:
+    """Returns what every leaf of the weights is: whether it is a kernel, and what each of its axes does.
+
+    With an `apply_fn`, each leaf is followed through the traced network to the products that multiply it with data, so
+    that any framework, any einsum, `nn.scan` and `vmap` are right. Without one, the names of Flax, Haiku and Equinox
+    tell. What neither tells is an error that asks.
+
+        layout = sm.describe(lambda params, x: model.apply({"params": params}, x), weights, batch["image"])
+        scores = sm.init_scores(key, weights, layout)
+        mask_fn = sm.edge_popup(sm.densities.erk(layout, 0.1), layout)
+
+    Args:
+      apply_fn: apply_fn(weights, example) -> outputs; it is traced, not run. None: the names tell.
+      weights: every parameter of the network; shapes are enough.
+      example: what the network reads: a batch, or its shapes.
+      axes: {pattern of paths: a word for each axis, or None for leaves that are no kernels}, which overrules all else.
+        The words are "stack" (the axis counts layers of one shape), "window" (of a convolution), "in" (it is summed)
+        and "out"; the patterns are those of `fnmatch`: {"*/qkv/kernel": "stack in out", "*/router/*": None}.
+
+    Raises:
+      ValueError: nothing tells the axes of a kernel; a pattern matches no leaf, or has words that do not fit it; no
+        leaf is a kernel.
+      TypeError: a leaf is neither an array nor a number.
+    """
+    shapes = {path: checked_shape(path, leaf) for path, leaf in by_path(weights).items()}
+    said = _said(axes or {}, shapes)
+    used = dict.fromkeys(shapes) if apply_fn is None else uses(apply_fn, weights, example)
+    leaves = {path: said.get(path) or _leaf(path, shape, used[path]) for path, shape in shapes.items()}
+    layout = Layout(leaves)
+    if not layout:
+        raise ValueError(f"no leaf is a kernel; the leaves are: {', '.join(shapes) or '(none)'}")
+    return layout
+
+
+def _said(axes: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
+    """What the user says; of several patterns that match a leaf, the last."""
+    said = {}
+    for pattern, words in axes.items():
+        paths = [path for path in shapes if fnmatch.fnmatchcase(path, pattern)]
+        if not paths:
+            raise ValueError(f"no leaf matches {pattern!r}; there are: {', '.join(shapes)}")
+        roles = None if words is None else tuple(words.split())
+        for path in paths:
+            if roles is not None and (len(roles) != len(shapes[path]) or not set(roles) <= set(AXES)):
+                raise ValueError(
+                    f"{pattern!r}: {words!r} does not fit {path!r} {shapes[path]}: "
+                    f"each axis needs one of {', '.join(AXES)}"
+                )
+            if roles is not None and not {"in", "out"} & set(roles):
+                raise ValueError(f"{pattern!r}: {words!r} has neither an axis 'in' nor one 'out'")
+            said[path] = Leaf(path, shapes[path], roles, "as you say")
+    return said
+
+
+def _leaf(path: str, shape: tuple[int, ...], used: list[Use] | None) -> Leaf:
+    """What a leaf is, by its uses in the traced network and by its name; `used` None: the network was not traced."""
+    no, name = no_kernel(path, shape), path.rsplit("/", 1)[-1]
+    gate = (bool(used) and all(use.kind == "multiplied" for use in used or ())) or (
+        not used and is_gate(path, jax.ShapeDtypeStruct(shape, jnp.float32))
+    )
+    if used is None and not no:
+        known = leaf_of(path, shape)
+        if known is None:
+            raise unknown_axes(path, shape)
+        return known
+    products = [use for use in used or () if use.kind == "product" and {"in", "window"} & set(use.roles.values())]
+    kinds = {use.kind for use in used or ()}
+    if "looked up" in kinds or (no and (name != "b" or len(shape) < 2)):
+        return Leaf(path, shape, None, no or "it is looked up, as a table is", gate=gate)
+    if products:
+        use = products[0]
+        rest = "window" if "in" in use.roles.values() else "in"  # of axes of length 1, which reshapes drop
+        roles = tuple(use.roles.get(axis, rest) for axis in range(len(shape)))
+        tied = "; it is also multiplied in another way" if len(products) > 1 else ""
+        return Leaf(path, shape, roles, f"read from the network{tied}", use.groups, use.spacing)
+    if no:
+        return Leaf(path, shape, None, no, gate=gate)
+    if kinds <= {"multiplied", "added"} and kinds:
+        why = "the data is multiplied by it" if "multiplied" in kinds else "it is added to the data, or put beside it"
+        return Leaf(path, shape, None, why, gate=gate)
+    known = leaf_of(path, shape)
+    if known is None:
+        raise unknown_axes(path, shape)
+    why = (
+        "by its name: the network does not use it" if not used else "by its name: the network changes it before its use"
+    )
+    return known._replace(why=why)
+
+
+class Row(NamedTuple):
+    """One line of the table of `inspect`."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: str  # what the axes do; "" of leaves that are no kernels
+    why: str
+    layers: int  # how many the leaf stacks
+    fan_in: float | None
+    fan_out: float | None
+    kept: int | None  # weights of each layer at the density
+
+
+class Inspection(NamedTuple):
+    """What `inspect` found; `print` shows it as a table."""
+
+    layout: Layout
+    rows: list[Row]
+    warnings: list[str]
+    density: float
+
+    def __str__(self) -> str:
+        heads = ("path", "shape", "axes", "layers", "fan-in", "fan-out", f"kept at {self.density:g}", "why")
+        table = [heads]
+        for row in self.rows:
+            cells = (row.layers if row.axes else "", row.fan_in, row.fan_out, row.kept)
+            numbers = ["" if cell is None else f"{cell:,}" if cell != "" else "" for cell in cells]
+            shape = " x ".join(map(str, row.shape)) or "()"
+            table.append((row.path, shape, row.axes or "no kernel", *numbers, row.why))
+        widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+        right = (3, 4, 5, 6)
+        lines = [
+            "  ".join(
+                cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(line)
+            ).rstrip()
+            for line in table
+        ]
+        notes = [f"! {warning}" for warning in self.warnings] or ["nothing to warn of"]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes])
+
+
+def inspect(
+    weights: Tree,
+    apply_fn: Callable[[Tree, Tree], Tree] | None = None,
+    example: Tree = None,
+    *,
+    axes: Mapping[str, str | None] | None = None,
+    density: float = 0.1,
+) -> Inspection:
+    """Returns a table of every leaf, to print: is it a kernel, and why; what its axes do; its fan-in; what it keeps.
+
+    It is the first thing to do with a network of one's own:
+
+        print(sm.inspect(weights, lambda params, x: model.apply({"params": params}, x), images))
+
+    Below the table stand warnings: of scales and gates of 0, which keep what they multiply dead; of kernels of 0; of
+    leaves that the network uses in several ways, or not at all; of layers that would keep fewer weights than they have
+    outputs; of what may be a stack of layers.
+
+    Args:
+      weights: every parameter of the network; shapes are enough, but then nothing is known of zeros.
+      apply_fn: apply_fn(weights, example) -> outputs; it is traced, not run. None: the names tell.
+      example: what the network reads: a batch, or its shapes.
+      axes: {pattern of paths: a word for each axis, or None}, as `describe` takes it.
+      density: fraction kept, in [0, 1], for the column of what each layer would keep.
+
+    Raises:
+      ValueError: nothing tells the axes of a kernel, and so on: see `describe`; or a density out of range.
+    """
+    layout, arrays = describe(apply_fn, weights, example, axes), by_path(weights)
+    rows = []
+    for path, leaf in layout.leaves.items():
+        layers = leaf.size("stack")
+        kept = None if leaf.axes is None else keep_count(density, math.prod(leaf.shape) // max(layers, 1))
+        fans = (None, None) if leaf.axes is None else (leaf.fan_in, leaf.fan_out)
+        rows.append(Row(path, leaf.shape, " ".join(leaf.axes or ()), leaf.why, layers, *fans, kept))
+    return Inspection(layout, rows, _warnings(layout, arrays, rows, density, apply_fn is not None), density)
+
+
+def _warnings(layout: Layout, arrays: Mapping[str, Any], rows: list[Row], density: float, traced: bool) -> list[str]:
+    notes = []
+    for path, leaf in layout.leaves.items():
+        array = arrays[path]
+        known = hasattr(array, "dtype") and not isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer)
+        if known and (leaf.gate or leaf.axes) and is_closed(array, gate_stack(leaf.shape) if leaf.gate else leaf.stack):
+            ways = "sm.initializers.open_gates" if leaf.gate else "a function of sm.initializers"
+            notes.append(f"{path} is 0: frozen, it lets nothing pass; {ways} changes that")
+        if leaf.axes is None:
+            continue
+        if not jnp.issubdtype(getattr(array, "dtype", jnp.float32), jnp.floating):
+            notes.append(f"{path} has {array.dtype}: only floats are prunable")
+        if "another way" in leaf.why:
+            notes.append(f"{path} is multiplied in several ways (tied); the first one tells its fan-in")
+        if traced and "does not use it" in leaf.why:
+            notes.append(f"{path} is not used: its scores never move")
+        if not traced and len(leaf.shape) == 3 and leaf.at("window") and leaf.shape[0] <= LAYERS_FOR:
+            notes.append(f"{path} {leaf.shape} is taken for a convolution of width {leaf.shape[0]}; is it a stack?")
+    few = [row.path for row in rows if row.kept is not None and row.kept < max(layout[row.path].layer_shape[-2:])]
+    if few:
+        notes.append(
+            f"at density {density:g} these keep fewer weights than they have inputs or outputs: {', '.join(few)}"
+        )
+    return notes

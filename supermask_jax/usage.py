@@ -1,0 +1,370 @@
+"""What a traced network does with each leaf of its weights: which axes its products sum, and which they leave.
+
+Each leaf is followed, axis by axis, through operations that move or change its numbers, to the matrix products and
+convolutions that multiply it with data. No list of frameworks or names is needed for that.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from supermask_jax.names import no_kernel, shape_of
+from supermask_jax.trees import Tree, by_path
+
+Atom = tuple[int, int]
+"""(axis of the leaf, size): an axis of the leaf or, after a reshape, a part of one."""
+
+
+class View(NamedTuple):
+    """A value that was made of one leaf and no data: of each of its axes, the axes of the leaf that it runs over."""
+
+    path: str
+    axes: tuple[tuple[Atom, ...], ...] | None  # None: they could not be followed
+    picked: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken: they count layers
+
+
+class Use(NamedTuple):
+    """One way in which the network uses a leaf."""
+
+    kind: str  # "product", "multiplied", "added", "looked up", or "lost": by an operation that is not followed
+    roles: Mapping[int, str] = {}  # of a product: {axis of the leaf: what it does}
+    groups: int = 1
+    spacing: int = 1
+
+
+DATA, PARAMETER = "data", "parameter"
+Value = str | tuple[View, ...] | None
+"""What is known of a value: it depends on the data; it was made of parameters alone, in a way that does not matter; it
+was made of these leaves; or it is a constant (None)."""
+
+LOOPS = {"scan": "scan", "while": "loop", "cond": "branches"}  # {primitive: the method that walks it}
+MOVES = {"convert_element_type", "copy", "stop_gradient", "sharding_constraint", "rev", "reduce_precision"}
+
+
+def uses(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -> dict[str, list[Use]]:
+    """Returns {path: how apply_fn(weights, example) uses the leaf}, in the order of the operations, each way once.
+
+    Args:
+      apply_fn: apply_fn(weights, example) -> outputs; it is traced, not run.
+      weights: every parameter of the network; shapes are enough.
+      example: what the network reads: a batch, or its shapes.
+    """
+    leaves = by_path(weights)
+    found: dict[str, list[Use]] = {path: [] for path in leaves}
+    jaxpr = jax.make_jaxpr(apply_fn)(weights, example).jaxpr
+    known: list[Value] = [_seed(path, shape_of(leaf)) for path, leaf in leaves.items()]
+    known += [DATA] * (len(jaxpr.invars) - len(known))
+    inputs = {path for path, leaf in leaves.items() if no_kernel(path, shape_of(leaf))}
+    _Follow(found, inputs).run(jaxpr, known)
+    return found
+
+
+def _seed(path: str, shape: tuple[int, ...]) -> Value:
+    return (View(path, tuple(((axis, size),) for axis, size in enumerate(shape))),)
+
+
+class _Follow:
+    """Walks the operations of a jaxpr, and notes what they do with the leaves."""
+
+    def __init__(self, found: dict[str, list[Use]], inputs: set[str]):
+        self.found = found
+        self.inputs = inputs  # paths of leaves that, by their names, are no kernels
+
+    def note(self, views: Sequence[View], use: Use) -> None:
+        for view in views:
+            if use not in self.found[view.path]:
+                self.found[view.path].append(use)
+
+    def run(self, jaxpr: core.Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """What is known of the outputs, of what is known of the inputs."""
+        known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def value_of(variable: Any) -> Value:
+            return None if isinstance(variable, core.Literal) else known.get(variable)
+
+        for eqn in jaxpr.eqns:
+            operands = [value_of(variable) for variable in eqn.invars]
+            known |= zip(eqn.outvars, self.apply(eqn, operands), strict=True)
+        return [value_of(variable) for variable in jaxpr.outvars]
+
+    def apply(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+        name, inner = eqn.primitive.name, list(core.jaxprs_in_params(eqn.params))
+        if name in LOOPS:
+            return getattr(self, LOOPS[name])(eqn, operands)
+        if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):  # jit, remat, custom derivatives
+            return self.run(inner[0], operands)
+        if not any(isinstance(operand, tuple) for operand in operands):
+            result = DATA if DATA in operands else PARAMETER if PARAMETER in operands else None
+            return [result] * len(eqn.outvars)
+        if name == "dot_general":
+            return [self.dot(eqn, operands)]
+        if name == "conv_general_dilated":
+            return [self.convolution(eqn, operands)]
+        if name == "gather":
+            return [self.gather(eqn, operands)]
+        shapes, out = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[0])
+        if name == "select_n":  # what is chosen counts, not by what
+            return [_several(operands[1:])]
+        if name == "concatenate" and DATA not in operands:
+            return [_several(operands)]
+        if name == "split":
+            return [tuple(_slice(v, eqn, shapes[0], _shape(part)) for v in operands[0]) for part in eqn.outvars]
+        if isinstance(operands[0], tuple) and name in _MOVED:
+            moved = tuple(_MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
+            return [moved] * len(eqn.outvars)
+        if name in MOVES or all(_fits(shape, out) for shape in shapes):
+            return [self.elementwise(name, operands)] * len(eqn.outvars)
+        return [self.other(name, operands)] * len(eqn.outvars)
+
+    def elementwise(self, name: str, operands: list[Value]) -> Value:
+        views = tuple(view for operand in operands if isinstance(operand, tuple) for view in operand)
+        if DATA not in operands:
+            return tuple(dict.fromkeys(views))
+        kind = {"mul": "multiplied", "div": "multiplied"}.get(name, "added")
+        self.note(views, Use(kind))
+        return DATA
+
+    def other(self, name: str, operands: list[Value]) -> Value:
+        """An operation that is not followed: with data, the leaf ends there."""
+        views = [view for operand in operands if isinstance(operand, tuple) for view in operand]
+        if DATA in operands:
+            self.note(
+                views, Use("added" if name in ("concatenate", "pad", "scatter", "dynamic_update_slice") else "lost")
+            )
+            return DATA
+        if name.startswith("reduce") or name in ("argmax", "argmin", "cumsum"):  # a norm, a mean: not the weights
+            return PARAMETER
+        return tuple(view._replace(axes=None) for view in views)
+
+    def dot(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
+        (summed, batched) = eqn.params["dimension_numbers"]
+        operands = [self.plain(operand, operands[1 - side]) for side, operand in enumerate(operands)]
+        kernels = [isinstance(operand, tuple) for operand in operands]
+        if kernels[0] == kernels[1]:  # of two leaves neither is data, and the names must tell
+            for operand in operands:
+                self.note(operand if isinstance(operand, tuple) else (), Use("lost"))
+            return PARAMETER
+        side = kernels.index(True)
+        views, other = operands[side], operands[1 - side]
+        if other is None:  # a constant matrix changes the leaf
+            return tuple(view._replace(axes=None) for view in views)
+        roles = ["out"] * len(_shape(eqn.invars[side]))
+        for axis in summed[side]:
+            roles[axis] = "in"
+        for axis in batched[side]:
+            roles[axis] = "stack"
+        for view in views:
+            self.note([view], _product(view, roles))
+        return other
+
+    def plain(self, value: Value, other: Value) -> Value:
+        """PARAMETER in place of leaves that are no kernels by their names, where they meet another leaf in a product.
+
+        A probe that asks for attention is an input, and not the kernel.
+        """
+        if isinstance(value, tuple) and isinstance(other, tuple) and all(view.path in self.inputs for view in value):
+            return PARAMETER
+        return value
+
+    def convolution(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
+        image, kernel = operands
+        if isinstance(image, tuple):
+            self.note(image, Use("lost"))
+        if not isinstance(kernel, tuple):
+            return DATA if DATA in operands else PARAMETER
+        dimensions = eqn.params["dimension_numbers"].rhs_spec
+        roles = ["window"] * len(dimensions)
+        roles[dimensions[0]], roles[dimensions[1]] = "out", "in"
+        groups, spacing = eqn.params["feature_group_count"], math.prod(eqn.params["lhs_dilation"])
+        for view in kernel:
+            own = groups
+            if view.axes is not None and groups > 1:  # jax.vmap makes a grouped convolution of many
+                outputs = view.axes[dimensions[0]]
+                if len(outputs) > 1 and groups % outputs[0][1] == 0:
+                    rest = (*outputs[1:],)
+                    axes = tuple(rest if axis == dimensions[0] else a for axis, a in enumerate(view.axes))
+                    view = view._replace(axes=axes, picked=view.picked | {outputs[0][0]})
+                    own = groups // outputs[0][1]
+            self.note([view], _product(view, roles, own, spacing))
+        return DATA if DATA in operands else PARAMETER
+
+    def gather(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
+        views, indices = operands[0], operands[1]
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        if not isinstance(views, tuple) or numbers.operand_batching_dims:
+            return self.other("gather", operands)
+        shape, rank = _shape(eqn.invars[0]), len(_shape(eqn.outvars[0]))
+        kept = [axis for axis in range(len(shape)) if axis not in numbers.collapsed_slice_dims]
+        made = []
+        for view in views:
+            if view.axes is None:
+                made.append(view)
+                continue
+            axes: list[tuple[Atom, ...]] = [()] * rank
+            for place, axis in zip(numbers.offset_dims, kept, strict=True):
+                axes[place] = view.axes[axis] if sizes[axis] == shape[axis] else ()
+            picked = {a for axis in numbers.collapsed_slice_dims for a, _ in view.axes[axis]}
+            made.append(View(view.path, tuple(axes), view.picked | picked))
+        if indices == DATA:
+            tables = [view for view in made if view.axes is None or sum(map(bool, view.axes)) < 2]
+            self.note(tables, Use("looked up"))
+            made = [view for view in made if view not in tables]
+        return tuple(made) or DATA
+
+    def scan(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        jaxpr = eqn.params["jaxpr"].jaxpr
+        rows = [_first_of(operand) for operand in operands[constants + carries :]]
+        carry = operands[constants : constants + carries]
+        for _ in range(2):  # from the second round on, what the first one made
+            outs = self.run(jaxpr, [*operands[:constants], *carry, *rows])
+            carry = [_joined(old, new) for old, new in zip(carry, outs[:carries], strict=True)]
+        return [*carry, *(DATA if out == DATA else PARAMETER if out else None for out in outs[carries:])]
+
+    def branches(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+        results = [self.run(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
+        outs = [_several(values) for values in zip(*results, strict=True)]
+        return [DATA if operands[0] == DATA and out is not None else out for out in outs]
+
+    def loop(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+        before, constants = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        body, carry = operands[before : before + constants], operands[before + constants :]
+        for _ in range(2):
+            outs = self.run(eqn.params["body_jaxpr"].jaxpr, [*body, *carry])
+            carry = [_joined(old, new) for old, new in zip(carry, outs, strict=True)]
+        return carry
+
+
+def _product(view: View, roles: Sequence[str], groups: int = 1, spacing: int = 1) -> Use:
+    """The use of a leaf whose view is multiplied with data, and of whose axes those are the roles."""
+    if view.axes is None:
+        return Use("lost")
+    found: dict[int, str] = dict.fromkeys(view.picked, "stack")
+    for role, atoms in zip(roles, view.axes, strict=True):
+        for axis, size in atoms:
+            if found.setdefault(axis, role) != role and size > 1:
+                if {found[axis], role} != {"stack", "out"}:
+                    return Use("lost")
+                found[axis] = "out"  # a part of the axis counts, the other part remains: all of it remains
+    return Use("product", found, groups, spacing)
+
+
+def _fits(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
+    """Whether an operand of that shape is combined with others entry by entry."""
+    return not shape or (len(shape) == len(out) and all(a in (1, b) for a, b in zip(shape, out, strict=True)))
+
+
+def _several(values: Sequence[Value]) -> Value:
+    """What is known of a value that is one of these."""
+    first, *rest = values
+    for value in rest:
+        first = _joined(first, value)
+    return first
+
+
+def _joined(old: Value, new: Value) -> Value:
+    if DATA in (old, new):
+        return DATA
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return (*old, *(view for view in new if view not in old))
+    return old if isinstance(old, tuple) else new if new is not None else old
+
+
+def _first_of(value: Value) -> Value:
+    """What a loop sees of a value whose first axis it runs over."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(
+        view if view.axes is None else View(view.path, view.axes[1:], view.picked | {axis for axis, _ in view.axes[0]})
+        for view in value
+    )
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(getattr(variable.aval, "shape", ()))
+
+
+Moved = Callable[[View, core.JaxprEqn, tuple[int, ...], tuple[int, ...]], View]
+
+
+def _followed(move: Callable[..., Sequence[tuple[Atom, ...]] | None]) -> Moved:
+    """A move of a view's axes as one of the view; a view that is lost stays lost."""
+
+    def moved(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+        axes = None if view.axes is None else move(view.axes, eqn.params, before, after)
+        return view._replace(axes=None if axes is None else tuple(axes))
+
+    return moved
+
+
+def _transpose(axes, params, before, after):
+    return [axes[axis] for axis in params["permutation"]]
+
+
+def _broadcast(axes, params, before, after):
+    made = [()] * len(after)
+    for axis, place in enumerate(params["broadcast_dimensions"]):
+        made[place] = axes[axis]
+    return made
+
+
+def _squeeze(axes, params, before, after):
+    gone = [axis % len(before) for axis in params["dimensions"]]
+    return [atoms for axis, atoms in enumerate(axes) if axis not in gone]
+
+
+def _reshape(axes, params, before, after):
+    """The atoms in order, dealt out to the new axes; one is split where an axis ends within it."""
+    if params["dimensions"] is not None:
+        axes = [axes[axis] for axis in params["dimensions"]]
+    left = [atom for atoms in axes for atom in atoms if atom[1] > 1]
+    if math.prod(size for _, size in left) != math.prod(after):
+        return None  # an axis that was broadcast
+    made = []
+    for size in after:
+        own, have = [], 1
+        while have < size:
+            axis, length = left.pop(0)
+            need = size // have
+            if need % length == 0:
+                own.append((axis, length))
+                have *= length
+            elif length % need == 0:
+                own.append((axis, need))
+                left.insert(0, (axis, length // need))
+                have *= need
+            else:
+                return None
+        made.append(tuple(own))
+    return made
+
+
+def _slice(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+    """One entry of an axis: the axis counts layers. A part of it: it stays the axis, of another size."""
+    if view.axes is None:
+        return view
+    picked, axes = set(view.picked), []
+    for atoms, old, new in zip(view.axes, before, after, strict=True):
+        if new == old:
+            axes.append(atoms)
+        elif new == 1:
+            picked |= {axis for axis, _ in atoms}
+            axes.append(())
+        elif len(atoms) == 1:
+            axes.append(((atoms[0][0], new),))
+        else:
+            return view._replace(axes=None)
+    return View(view.path, tuple(axes), frozenset(picked))
+
+
+_MOVED: Mapping[str, Moved] = {
+    "transpose": _followed(_transpose),
+    "broadcast_in_dim": _followed(_broadcast),
+    "squeeze": _followed(_squeeze),
+    "reshape": _followed(_reshape),
+    "slice": _slice,
+    "dynamic_slice": _slice,
+}
