@@ -13,7 +13,7 @@ from typing import Any
 
 from supermask_jax.leaves import Leaf, leaf_of
 
-Shapes = Mapping[str, tuple[int, ...]] | Mapping[str, Leaf]
+Shapes = Mapping[str, tuple[int, ...]] | Mapping[str, Leaf] | Mapping[str, tuple[int, ...] | Leaf]
 
 UNIFORM_PLUS_LAST = Fraction(1, 5)  # the density below which uniform_plus does not let the last layer fall
 

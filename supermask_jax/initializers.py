@@ -292,8 +292,7 @@ def recipe(
         if exact(densities[path]) == 0:
             raise ValueError(f"cannot scale the weights of {path!r} for a density of 0")
         fan = inputs(path, shape) + (outputs(path, shape) if name == "glorot_normal" else 0)
-        if not fan > 0:
-            raise ValueError(f"{path!r} {shape} has a fan-in of {fan}: there is nothing to draw")
+        fan = fan or 1  # of a leaf without entries
         scales[path] = np.float32(math.sqrt(2.0 / fan / float(densities[path])))
         if name == "kaiming_uniform":  # the bound of a uniform variable is sqrt(3) times its deviation
             scales[path] = np.float32(float(scales[path]) * math.sqrt(3))

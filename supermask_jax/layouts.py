@@ -138,7 +138,7 @@ class Inspection(NamedTuple):
 
     def __str__(self) -> str:
         heads = ("path", "shape", "axes", "layers", "fan-in", "fan-out", f"kept at {self.density:g}", "why")
-        table = [heads]
+        table: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             cells = (row.layers if row.axes else "", row.fan_in, row.fan_out, row.kept)
             numbers = ["" if cell is None else f"{cell:,}" if cell != "" else "" for cell in cells]
@@ -189,8 +189,8 @@ def inspect(
     for path, leaf in layout.leaves.items():
         layers = leaf.size("stack")
         kept = None if leaf.axes is None else keep_count(density, math.prod(leaf.shape) // max(layers, 1))
-        fans = (None, None) if leaf.axes is None else (leaf.fan_in, leaf.fan_out)
-        rows.append(Row(path, leaf.shape, " ".join(leaf.axes or ()), leaf.why, layers, *fans, kept))
+        fan_in, fan_out = (None, None) if leaf.axes is None else (leaf.fan_in, leaf.fan_out)
+        rows.append(Row(path, leaf.shape, " ".join(leaf.axes or ()), leaf.why, layers, fan_in, fan_out, kept))
     return Inspection(layout, rows, _warnings(layout, arrays, rows, density, apply_fn is not None), density)
 
 

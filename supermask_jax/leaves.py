@@ -90,6 +90,12 @@ class Layout(Mapping[str, Leaf]):
     def __len__(self) -> int:
         return len(self._kernels)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.leaves == other.leaves
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.leaves.values()))
+
     def __repr__(self) -> str:
         return "\n".join(f"{path} {leaf.shape}: {' '.join(leaf.axes or ())}" for path, leaf in self._kernels.items())
 

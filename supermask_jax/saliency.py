@@ -171,7 +171,7 @@ def grasp(
         return jax.tree.map(lambda *leaves: sum(leaves), *trees)
 
     def along_flow(kernels: Kernels, batch: Tree) -> jax.Array:
-        return sum(jnp.vdot(slope, flow[path]) for path, slope in gradient(kernels, batch).items())
+        return jnp.sum(jnp.stack([jnp.vdot(slope, flow[path]) for path, slope in gradient(kernels, batch).items()]))
 
     def mean(slopes: Kernels) -> Kernels:
         return slopes if axis_name is None else jax.lax.pmean(slopes, axis_name)

@@ -59,6 +59,7 @@ def keep_highest(
         jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
+    _check_arrays(scores)
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
     for path, score in leaves.items():
@@ -101,6 +102,7 @@ def layerwise_masks(scores: Tree, density: float | Mapping[str, float], *, layou
         then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
+    _check_arrays(scores)
     return keep_highest(scores, _counts(scores, density, layout), layout=layout)
 
 
@@ -128,6 +130,7 @@ def global_masks(
         match; NaN scores (under jit values are not known: NaN then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
+    _check_arrays(scores)
     total = sum(score.size for score in by_path(scores).values())
     return keep_highest_of_all(scores, keep_count(density, total), within, minimum=minimum, layout=layout)
 
@@ -168,6 +171,7 @@ def highest_of_all(
     scores: Tree, count: int, within: Tree | None = None, minimum: int = 0, layout: Layout | None = None
 ) -> Tree:
     """Returns the masks of `keep_highest_of_all`, without a warning where a layer keeps nothing."""
+    _check_arrays(scores)
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
     for path, score in leaves.items():
@@ -444,11 +448,16 @@ def _as_tree(scores: Tree, masks: dict[str, jax.Array]) -> Tree:
     return map_with_name(lambda path, score: masks[path].astype(score.dtype), scores)
 
 
+def _check_arrays(scores: Tree) -> None:
+    for path, score in by_path(scores).items():
+        if not hasattr(score, "dtype"):
+            kind = type(score).__name__
+            raise TypeError(f"scores are arrays; {path!r} is a {kind}: is a list of numbers meant as one?")
+
+
 def _check(path: str, score: jax.Array, allowed: jax.Array | None) -> None:
     """Raises on what is wrong with a leaf; values are looked at only where they are concrete (not under jit)."""
-    if not hasattr(score, "dtype"):
-        raise TypeError(f"scores are arrays; {path!r} is a {type(score).__name__}: is a list of numbers meant as one?")
-    dtype = np.dtype(score.dtype) if score.dtype != object else np.dtype(bool)
+    dtype = np.dtype(score.dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {dtype}: cast it to float32")
     if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():

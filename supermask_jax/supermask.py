@@ -244,7 +244,9 @@ def init_scores(key: Key, weights: Params, where: Where = is_kernel, fan_in: Fan
     Source: the released code of Ramanujan et al. 2020 (kaiming_uniform with a = sqrt(5)).
     """
     shapes, inputs = prunable_floats(weights, where), fan_in_of(fan_in, where)
-    drawn = _symmetric(key, tuple((path, shape, 1 / math.sqrt(inputs(path, shape))) for path, shape in shapes.items()))
+    drawn = _symmetric(
+        key, tuple((path, shape, 1 / math.sqrt(inputs(path, shape) or 1)) for path, shape in shapes.items())
+    )
     return map_with_name(lambda path, leaf: drawn.get(path), weights)
 
 

@@ -62,13 +62,15 @@ def highest(
     ]
     if not whole:
         return [jnp.zeros(key.shape, bool) for key in keys]
-    arrays, starts, wanted = [key for key, _, _ in whole], {}, []
+    arrays = [key for key, _, _ in whole]
+    numbers: list[jax.Array] = []
+    starts: dict[int, int] = {}
     for _, g, stack in whole:
         if g not in starts:
-            starts[g] = sum(part.size for part in wanted)
-            wanted.append(jnp.broadcast_to(jnp.asarray(counts[g], jnp.int32), stack).ravel())
+            starts[g] = sum(part.size for part in numbers)
+            numbers.append(jnp.broadcast_to(jnp.asarray(counts[g], jnp.int32), stack).ravel())
     places = [_Place(starts[g], stack) for _, g, stack in whole]
-    wanted = jnp.concatenate(wanted)
+    wanted = jnp.concatenate(numbers)
     bracket = _search(arrays, places, wanted)
     straddles = (bracket.at_low > wanted) & (wanted > 0)
 

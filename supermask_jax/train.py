@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from supermask_jax.trees import Tree, Where, by_path, map_with_name
 Learns = Literal["scores", "weights"]
 Learner = Learns | tuple[Literal["scores"], Where]
 """What an optimizer updates: a tree of the `Subnet`; or the scores and, beside them, those weights that are chosen."""
-Optimizer = optax.GradientTransformation | tuple[optax.GradientTransformation, optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | tuple[optax.GradientTransformation, optax.GradientTransformation]
 """One optimizer of all that learns; or that of the scores and that of the weights beside them."""
 LossFn = Callable[[Tree, Tree, Tree, Any], tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]]
 """loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)): a scalar, a tree, {name: scalar}."""
@@ -59,6 +59,8 @@ def init_state(
       ValueError: `learns` is none of these, its tree has no leaves, or `where` chooses none, or one that has scores.
       TypeError: `where` chooses a leaf that is not of floats.
     """
+    # An update makes weak types strong, and the second step would be compiled again.
+    subnet = jax.tree.map(lambda x: jnp.asarray(x, x.dtype) if getattr(x, "weak_type", False) else x, subnet)
     learner = _learner(subnet, learns)
     if learns != "weights":
         _warn_of_closed_gates(subnet, by_path(learner[1]) if isinstance(learns, tuple) else {})
@@ -113,11 +115,11 @@ def make_train_step(
     if product is None:
         product = partial(subnetwork, mask_fn)
 
-    tx = _optimizer(tx, learns)
+    optimizer = _optimizer(tx, learns)
 
     def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
         learner = _learner(state.subnet, learns)
-        _check_opt_state(tx, state.opt_state, learner, learns)
+        _check_opt_state(optimizer, state.opt_state, learner, learns)
         mask_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         if axis_name is not None:
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
@@ -131,7 +133,7 @@ def make_train_step(
 
         (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(learner)
         grads, metrics = mean((grads, {"loss": loss, **metrics}))
-        updates, opt_state = tx.update(
+        updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
             learner,
@@ -207,10 +209,10 @@ def _optimizer(tx: Optimizer, learns: Learner) -> optax.GradientTransformationEx
         )
     parts = [optax.with_extra_args_support(part) for part in tx]
 
-    def init(learner: Any) -> tuple:
+    def init(learner: Any) -> tuple[Any, ...]:
         return tuple(part.init(own) for part, own in zip(parts, learner, strict=True))
 
-    def update(grads: Any, states: tuple, learner: Any, *, value: jax.Array, grad: Any, value_fn: Any) -> tuple:
+    def update(grads: Any, states: Any, learner: Any, *, value: jax.Array, grad: Any, value_fn: Any) -> tuple[Any, Any]:
         results = [
             part.update(own, state, params, value=value, grad=own, value_fn=value_fn)
             for part, own, state, params in zip(parts, grads, states, learner, strict=True)

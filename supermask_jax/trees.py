@@ -72,8 +72,8 @@ def prunable_floats(weights: Tree, where: Where = is_kernel) -> dict[str, tuple[
     """
     chosen, leaves = prunable(weights, where), by_path(weights)
     for path in chosen:
-        kind = jnp.result_type(leaves[path])
-        if not jnp.issubdtype(kind, jnp.floating):
+        kind = leaves[path].dtype if hasattr(leaves[path], "dtype") else type(leaves[path]).__name__
+        if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.floating):
             raise TypeError(f"only floats are prunable; {path!r} has {kind}")
     return chosen
 

@@ -6,7 +6,7 @@ convolutions that multiply it with data. No list of frameworks or names is neede
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from jax.extend import core
@@ -35,8 +35,9 @@ class Use(NamedTuple):
     spacing: int = 1
 
 
-DATA, PARAMETER = "data", "parameter"
-Value = str | tuple[View, ...] | None
+DATA: Literal["data"] = "data"
+PARAMETER: Literal["parameter"] = "parameter"
+Value: TypeAlias = Literal["data", "parameter"] | tuple[View, ...] | None
 """What is known of a value: it depends on the data; it was made of parameters alone, in a way that does not matter; it
 was made of these leaves; or it is a constant (None)."""
 
@@ -111,7 +112,8 @@ class _Follow:
         if name == "concatenate" and DATA not in operands:
             return [_several(operands)]
         if name == "split":
-            return [tuple(_slice(v, eqn, shapes[0], _shape(part)) for v in operands[0]) for part in eqn.outvars]
+            views = _views(operands[0])
+            return [tuple(_slice(view, eqn, shapes[0], _shape(part)) for view in views) for part in eqn.outvars]
         if isinstance(operands[0], tuple) and name in _MOVED:
             moved = tuple(_MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
             return [moved] * len(eqn.outvars)
@@ -120,7 +122,7 @@ class _Follow:
         return [self.other(name, operands)] * len(eqn.outvars)
 
     def elementwise(self, name: str, operands: list[Value]) -> Value:
-        views = tuple(view for operand in operands if isinstance(operand, tuple) for view in operand)
+        views = tuple(view for operand in operands for view in _views(operand))
         if DATA not in operands:
             return tuple(dict.fromkeys(views))
         kind = {"mul": "multiplied", "div": "multiplied"}.get(name, "added")
@@ -129,7 +131,7 @@ class _Follow:
 
     def other(self, name: str, operands: list[Value]) -> Value:
         """An operation that is not followed: with data, the leaf ends there."""
-        views = [view for operand in operands if isinstance(operand, tuple) for view in operand]
+        views = [view for operand in operands for view in _views(operand)]
         if DATA in operands:
             self.note(
                 views, Use("added" if name in ("concatenate", "pad", "scatter", "dynamic_update_slice") else "lost")
@@ -145,10 +147,10 @@ class _Follow:
         kernels = [isinstance(operand, tuple) for operand in operands]
         if kernels[0] == kernels[1]:  # of two leaves neither is data, and the names must tell
             for operand in operands:
-                self.note(operand if isinstance(operand, tuple) else (), Use("lost"))
+                self.note(_views(operand), Use("lost"))
             return PARAMETER
         side = kernels.index(True)
-        views, other = operands[side], operands[1 - side]
+        views, other = _views(operands[side]), operands[1 - side]
         if other is None:  # a constant matrix changes the leaf
             return tuple(view._replace(axes=None) for view in views)
         roles = ["out"] * len(_shape(eqn.invars[side]))
@@ -171,8 +173,7 @@ class _Follow:
 
     def convolution(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
         image, kernel = operands
-        if isinstance(image, tuple):
-            self.note(image, Use("lost"))
+        self.note(_views(image), Use("lost"))
         if not isinstance(kernel, tuple):
             return DATA if DATA in operands else PARAMETER
         dimensions = eqn.params["dimension_numbers"].rhs_spec
@@ -192,9 +193,9 @@ class _Follow:
         return DATA if DATA in operands else PARAMETER
 
     def gather(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
-        views, indices = operands[0], operands[1]
+        views, indices = _views(operands[0]), operands[1]
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        if not isinstance(views, tuple) or numbers.operand_batching_dims:
+        if not views or numbers.operand_batching_dims:
             return self.other("gather", operands)
         shape, rank = _shape(eqn.invars[0]), len(_shape(eqn.outvars[0]))
         kept = [axis for axis in range(len(shape)) if axis not in numbers.collapsed_slice_dims]
@@ -255,6 +256,10 @@ def _product(view: View, roles: Sequence[str], groups: int = 1, spacing: int = 1
 def _fits(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
     """Whether an operand of that shape is combined with others entry by entry."""
     return not shape or (len(shape) == len(out) and all(a in (1, b) for a, b in zip(shape, out, strict=True)))
+
+
+def _views(value: Value) -> tuple[View, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 def _several(values: Sequence[Value]) -> Value:

@@ -385,3 +385,37 @@ def test_densities_that_scale_nothing_sensibly_are_refused(name):
             ALL[name](jax.random.key(KEY), CONV, density)
     with pytest.raises(ValueError, match="matches no leaf"):
         ALL[name](jax.random.key(KEY), {"bias": np.zeros(3, np.float32)})
+
+
+# What cannot be drawn.
+
+
+@pytest.mark.parametrize("dtype", (jnp.int32, jnp.bool_, jnp.complex64))
+@pytest.mark.parametrize("name", initializers.INITIALIZERS)
+def test_only_floats_are_drawn(name, dtype):
+    weights = {"Dense_0": {"kernel": jnp.zeros((3, 2), dtype)}}
+    draw = getattr(initializers, name)
+    with pytest.raises(TypeError, match=f"only floats are prunable; 'Dense_0/kernel' has {jnp.dtype(dtype)}"):
+        draw(weights) if name == "signed_deviation" else draw(jax.random.key(KEY), weights)
+
+
+@pytest.mark.parametrize("name", ("signed_constant", "unsigned_constant", "kaiming_uniform"))
+def test_constants_and_uniforms_are_drawn_under_jit_bit_for_bit(name):
+    draw = getattr(initializers, name)
+    compiled = jax.jit(draw)(jax.random.key(KEY), zeros(30, 20))
+    np.testing.assert_array_equal(compiled["kernel"], draw(jax.random.key(KEY), zeros(30, 20))["kernel"])
+
+
+@pytest.mark.parametrize("name", ("kaiming_normal", "glorot_normal"))
+def test_normals_under_jit_are_refused_in_one_sentence(name):
+    with pytest.raises(TypeError, match="normals are drawn on the host: draw the weights outside of jit"):
+        jax.jit(getattr(initializers, name))(jax.random.key(KEY), zeros(3, 2))
+
+
+def test_leaves_without_entries_have_no_fan_in_to_divide_by():
+    weights = {"Dense_0": {"kernel": jnp.zeros((0, 4))}, "Dense_1": {"kernel": jnp.ones((4, 2))}}
+    scores = sm.init_scores(jax.random.key(KEY), weights)
+    assert scores["Dense_0"]["kernel"].shape == (0, 4)
+    assert initializers.signed_constant(jax.random.key(KEY), weights)["Dense_0"]["kernel"].shape == (0, 4)
+    masks = sm.edge_popup(0.3)(scores)
+    assert sm.layer_densities(masks) == {"Dense_0/kernel": 0.0, "Dense_1/kernel": 3 / 8}

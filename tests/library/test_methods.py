@@ -339,3 +339,24 @@ def test_what_a_method_cannot_be_is_an_error_when_it_is_made(what):
     build, message = BAD[what]
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_under_fixed_masks_lars_steps_as_it_would_on_the_kept_weights_alone():
+    """Its step is in proportion to the norm of the weights, and pruned ones must not count."""
+    weights = {"kernel": jax.random.normal(jax.random.key(0), (40, 25))}
+    masks = sm.random_masks(jax.random.key(1), weights, 0.1)
+    kept = np.flatnonzero(masks["kernel"])
+
+    def moved(subnet, loss):
+        tx = optax.lars(0.1)
+        state = sm.init_state(subnet, tx, jax.random.key(2), learns="weights")
+        step = sm.make_train_step(sm.identity, lambda p, s, b, k: (loss(p["kernel"]), (s, {})), tx, learns="weights")
+        after = np.asarray(step(state, None)[0].subnet.weights["kernel"])
+        return after - np.asarray(subnet.weights["kernel"])
+
+    method = sm.methods.fixed(weights, masks)
+    sparse = moved(method.subnet, lambda kernel: jnp.sum(jnp.sin(kernel)))
+    small = {"kernel": weights["kernel"].ravel()[kept]}
+    dense = moved(sm.Subnet(small, {"kernel": None}), lambda kernel: jnp.sum(jnp.sin(kernel)))
+    np.testing.assert_allclose(sparse.ravel()[kept], dense, rtol=1e-5)
+    assert not method.subnet.weights["kernel"][masks["kernel"] == 0].any()

@@ -365,3 +365,64 @@ def test_rounds_that_make_no_sense_are_refused():
 
 def test_the_former_name_is_the_same_function():
     assert saliency.iterative is prune_in_rounds
+
+
+# Any network, any number of devices.
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, cotangent: (2 * cotangent,))
+
+
+def test_grasp_takes_layers_that_have_no_forward_mode():
+    weights = {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.25]])}
+
+    def loss(layer):
+        return lambda params, state, batch, key: (jnp.sum(layer(jnp.tanh(batch @ params["kernel"])) ** 2), (state, {}))
+
+    batch = jnp.array([[1.0, 0.5], [-0.5, 2.0]])
+    plain = saliency.grasp(loss(lambda x: 2 * x), weights, [batch])
+    custom = saliency.grasp(loss(doubled), weights, [batch])
+    np.testing.assert_allclose(custom["kernel"], plain["kernel"], rtol=1e-6)
+
+
+def test_on_several_devices_scores_are_those_of_the_whole_batch():
+    weights = {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.25]])}
+    batch = jnp.arange(16.0).reshape(8, 2) / 8
+
+    def loss(params, state, batch, key):
+        return jnp.mean(jnp.tanh(batch @ params["kernel"]) ** 2), (state, {})
+
+    subnet = sm.Subnet(weights, {"kernel": jnp.eye(2)})
+    for score in (
+        lambda batch, **name: saliency.snip(loss, weights, batch, **name),
+        lambda batch, **name: saliency.grasp(loss, weights, [batch], **name),
+        lambda batch, **name: sm.dynamic.dense_gradient(loss, subnet, batch, **name),
+    ):
+        parts = jax.vmap(partial(score, axis_name="devices"), axis_name="devices")(batch.reshape(4, 2, 2))
+        for part in parts["kernel"]:
+            np.testing.assert_allclose(part, score(batch)["kernel"], rtol=1e-5)
+        mesh = sm.parallel.mesh()
+        np.testing.assert_allclose(
+            jax.jit(score)(sm.parallel.shard_batch(mesh, batch))["kernel"], score(batch)["kernel"], rtol=1e-5
+        )
+
+
+def test_a_leaf_whose_scores_are_all_0_is_named():
+    weights = {"kernel": jnp.ones((2, 2)), "dead": jnp.ones((2, 2))}
+
+    def loss(params, state, batch, key):
+        return jnp.sum(batch @ params["kernel"] + 0 * (batch @ params["dead"])), (state, {})
+
+    with pytest.warns(UserWarning, match="every score is 0 in dead: .*open_gates"):
+        scores = saliency.snip(loss, weights, jnp.ones((3, 2)))
+    compiled = jax.jit(lambda weights: saliency.snip(loss, weights, jnp.ones((3, 2))))
+    with pytest.warns(UserWarning, match="every score is 0 in dead"):
+        saliency.prune_in_rounds(lambda masks: compiled(weights), 0.8, 1)
+    alone = {"kernel": None, "dead": jnp.zeros((2, 2))}
+    saliency.snip(loss, weights, jnp.ones((3, 2)), masks=alone, where=lambda path, leaf: path == "dead")
+    assert not scores["dead"].any()

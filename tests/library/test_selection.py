@@ -399,19 +399,28 @@ ON_EIGHT_DEVICES = """
         "tied": rng.integers(-2, 3, (64, 6, 5)).astype(np.float32),
         "plain": rng.normal(size=(64, 6)).astype(np.float32),
     }
-    sharded = jax.device_put(scores, NamedSharding(mesh, P("data")))
+    stacks = {name: rng.normal(size=(8, 96, 16)).astype(np.float32) for name in ("Dense_0/kernel", "Dense_1/kernel")}
+    split = {"Dense_0/kernel": P("data"), "Dense_1/kernel": P(None, "data")}
     counts = {name: sm.keep_count(0.3, s.size) for name, s in scores.items()}
     total = sum(s.size for s in scores.values())
-    for name, f, expected in (
-        ("layerwise", lambda s: sm.layerwise_masks(s, 0.3), oracles.highest_in_each(scores, counts)),
-        ("global", lambda s: sm.global_masks(s, 0.7), oracles.highest_of_all(scores, sm.keep_count(0.7, total))),
+    of_each_layer = {
+        name: np.stack([oracles.highest(layer, sm.keep_count(0.3, layer.size)) for layer in s])
+        for name, s in stacks.items()
+    }
+    of_each = oracles.highest_in_each(scores, counts)
+    of_all = oracles.highest_of_all(scores, sm.keep_count(0.7, total))
+    for name, f, scores, layers, split, expected in (
+        ("layerwise", lambda s: sm.layerwise_masks(s, 0.3), scores, 1, P("data"), of_each),
+        ("global", lambda s: sm.global_masks(s, 0.7), scores, 1, P("data"), of_all),
+        ("stacks", lambda s: sm.layerwise_masks(s, 0.3), stacks, 8, split, of_each_layer),
     ):
+        sharded = jax.device_put(scores, jax.tree.map(lambda spec: NamedSharding(mesh, spec), split))
         compiled = jax.jit(f).lower(sharded).compile()
         program = compiled.as_text()
         assert "all-reduce" in program, f"{name}: not sharded at all"
         gathered = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* all-gather", program)
         sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in gathered]
-        assert max(sizes, default=0) <= 2 * SAMPLE, f"{name}: gathers more than a sample: {gathered}"
+        assert max(sizes, default=0) <= 2 * SAMPLE * layers, f"{name}: gathers more than a sample: {gathered}"
         masks = compiled(sharded)
         for leaf in scores:
             assert len(masks[leaf].sharding.device_set) == 8

@@ -190,3 +190,34 @@ def test_anything_but_0_and_1_is_no_mask_and_its_path_is_named(measure, odd):
 def test_no_mask_at_all_is_refused(measure):
     with pytest.raises(ValueError, match="there is no mask"):
         measure({"a": None, "b": {"kernel": None}})
+
+
+# What is no tree of arrays.
+
+
+@pytest.mark.parametrize("select", (lambda s: sm.layerwise_masks(s, 0.5), lambda s: sm.global_masks(s, 0.5)))
+def test_lists_of_numbers_and_objects_are_told_apart_from_arrays(select):
+    with pytest.raises(TypeError, match=r"scores are arrays; 'w/0' is a float: is a list of numbers meant as one\?"):
+        select({"w": [0.1, 0.2]})
+    with pytest.raises(TypeError, match="scores must be floats of at most 32 bits; 'w' has object"):
+        select({"w": np.array([None, 1.0])})
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match="the leaves of weights are arrays; 'w' is a str"):
+        sm.init_scores(jax.random.key(0), {"w": "kernel"}, lambda path, leaf: True)
+    with pytest.raises(TypeError, match="only floats are prunable; 'w' has object"):
+        sm.init_scores(jax.random.key(0), {"w": np.array([[None, 1.0]])})
+
+
+@pytest.mark.parametrize("count", (float("nan"), float("inf"), 1.5, -1))
+def test_a_count_that_is_no_number_of_weights_is_refused(count):
+    with pytest.raises(ValueError, match=r"cannot keep .* of the 6 weights to choose from"):
+        sm.keep_highest({"w": jnp.ones((2, 3), jnp.float32)}, {"w": count})
+
+
+def test_shapes_and_counts_of_numpy_are_numbers():
+    shape = tuple(np.array([3, 3, 16, 32]))
+    assert sm.flax_fan_in("Conv_0/kernel", shape) == 144
+    assert sm.densities.erk({"Conv_0/kernel": shape, "head": tuple(np.array([32, 10]))}, 0.3)["head"] == 1.0
+    assert int(sm.keep_highest({"w": jnp.ones(5, jnp.float32)}, {"w": np.int64(3)})["w"].sum()) == 3

@@ -1,0 +1,288 @@
+"""One description of a leaf: what its axes do is read from the traced network, from its name, or as the user says."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import NEEDS, ZOO
+
+import supermask_jax as sm
+from supermask_jax import initializers, layouts, names
+from supermask_jax.trees import by_path
+
+
+def described(animal):
+    return sm.describe(animal.apply_fn, animal.weights, animal.inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_traced_network_tells_which_leaves_are_kernels_their_layers_and_their_fans(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    animal = ZOO[name](True)
+    layout = described(animal)
+    assert {path: (leaf.size("stack"), leaf.fan_in, leaf.fan_out) for path, leaf in layout.items()} == animal.kernels
+    assert set(layout.leaves) == set(by_path(animal.weights))
+
+
+def test_axes_are_told_by_word():
+    layout = described(ZOO["vision transformer, scanned"](True))
+    attention = "blocks/MultiHeadDotProductAttention_0"
+    assert layout[f"{attention}/query/kernel"].axes == ("stack", "in", "out", "out")
+    assert layout[f"{attention}/out/kernel"].axes == ("stack", "in", "in", "out")
+    assert layout["embedding/kernel"].axes == ("window", "window", "in", "out")
+    swapped = described(ZOO["convolutions"](True))["swapped/kernel"]
+    assert swapped.axes == ("window", "window", "out", "in") and swapped.layer_shape == (3, 3, 6, 5)
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes"),
+    (
+        ("Dense_0/kernel", (8, 4), "in out"),
+        ("blocks/Dense_3/kernel", (12, 8, 4), "stack in out"),
+        ("a/b/linear_1/w", (12, 8, 4), "stack in out"),
+        ("attention/query/kernel", (8, 2, 4), "in out out"),
+        ("attention/value/kernel", (12, 8, 2, 4), "stack in out out"),
+        ("attention/out/kernel", (2, 4, 8), "in in out"),
+        ("blocks/SelfAttention_0/out/kernel", (4, 4, 4, 16), "stack in in out"),
+        ("out/kernel", (3, 3, 8, 16), "window window in out"),
+        ("Conv_0/kernel", (5, 8, 4), "window in out"),
+        ("conv/kernel", (1, 7, 8, 4), "window window in out"),
+        ("patches/kernel", (16, 16, 3, 8), "window window in out"),
+        ("conv2_d_transpose/w", (3, 3, 8, 4), "window window out in"),
+        ("Conv_0/kernel", (12, 3, 3, 8, 4), None),  # a stack, or a window of three axes
+        ("Conv_0/kernel", (12, 5, 8, 4), None),
+        ("blocks/mlp/w1", (12, 8, 4), None),
+        ("DenseGeneral_0/kernel", (8, 2, 4), None),
+        ("attn/qkv_einsum/w", (3, 3, 8, 4), None),
+    ),
+)
+def test_names_and_shapes_tell_the_axes_or_nothing(path, shape, axes):
+    assert names.flax_axes(path, shape) == (axes and tuple(axes.split()))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes"),
+    (
+        ("layers/0/weight", (4, 8), "out in"),
+        ("layers/0/weight", (4, 8, 3, 3), "out in window window"),
+        ("conv/weight", (4, 8, 5), "out in window"),
+        ("layers/0/weight", (12, 4, 8), None),
+    ),
+)
+def test_a_leaf_called_weight_is_laid_out_as_in_equinox(path, shape, axes):
+    assert names.equinox_axes(path, shape) == (axes and tuple(axes.split()))
+
+
+def test_what_neither_name_nor_shape_tells_is_an_error_that_asks():
+    weights = {"mlp": {"w1": jnp.zeros((12, 8, 4))}}
+    says = r"'mlp/w1'.*sm.describe\(apply_fn, weights, example\).*axes=\{'mlp/w1': 'stack in out'\}"
+    for ask in (
+        lambda: sm.init_scores(jax.random.key(0), weights),
+        lambda: initializers.kaiming_normal(jax.random.key(0), weights),
+        lambda: sm.describe(None, weights),
+        lambda: sm.n_m_masks(weights, 2, 4),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ask()
+    layout = sm.describe(None, weights, axes={"mlp/w1": "stack in out"})
+    scores = sm.init_scores(jax.random.key(0), weights, layout)
+    assert 0.9 / np.sqrt(8) < np.abs(scores["mlp"]["w1"]).max() <= 1 / np.sqrt(8)
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    (
+        ("pos_embedding", (1, 16, 64)),
+        ("encoder/pos_embed", (16, 64)),
+        ("cls", (1, 1, 64)),
+        ("vit/class_token", (1, 64)),
+        ("MAPHead_0/probe", (1, 1, 64)),
+        ("embed/embeddings", (100, 64)),
+        ("tok_embed/weight", (100, 64)),
+        ("blocks/LayerNorm_0/scale", (12, 64)),
+        ("layer_norm/offset", (12, 64)),
+        ("blocks/norm1/weight", (12, 64)),
+        ("blocks/ls1/gamma", (12, 64)),
+        ("conv/bias", (8, 1, 1)),
+        ("attention/query/bias", (12, 4, 16)),
+        ("state", (1, 1, 64)),
+    ),
+)
+def test_tables_tokens_scales_and_offsets_are_no_kernels_by_default(path, shape):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert not sm.is_kernel(path, leaf) and names.no_kernel(path, shape)
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    (
+        ("embedding/kernel", (16, 16, 3, 64)),
+        ("patch_embed/weight", (64, 48)),
+        ("Dense_0/kernel", (1, 64)),
+        ("mlp/gate_proj", (64, 128)),
+        ("w1", (8, 4)),
+        ("a", (1, 3)),
+    ),
+)
+def test_kernels_with_such_names_stay_kernels(path, shape):
+    assert sm.is_kernel(path, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+# What the user says.
+
+
+def test_a_pattern_overrules_names_and_network_and_none_excludes():
+    weights = {"a": {"w": jnp.zeros((3, 8, 4))}, "head": {"w": jnp.zeros((8, 4))}}
+    with pytest.raises(ValueError, match=r"'\*/w': 'in out' does not fit 'a/w' \(3, 8, 4\)"):
+        sm.describe(None, weights, axes={"*/w": "in out", "a/*": "stack in out"})
+    layout = sm.describe(None, weights, axes={"a/*": "stack out in", "head/*": None})
+    assert set(layout) == {"a/w"} and layout["a/w"].fan_in == 4 and layout.leaves["head/w"].why == "as you say"
+    assert layout("a/w", weights["a"]["w"]) and not layout("head/w", weights["head"]["w"])
+
+
+@pytest.mark.parametrize(
+    "axes, says",
+    (
+        ({"b/*": "in out"}, r"no leaf matches 'b/\*'; there are: a/w"),
+        ({"a/w": "in"}, "'in' does not fit 'a/w'"),
+        ({"a/w": "in on"}, "'in on' does not fit 'a/w'.*stack, window, in, out"),
+        ({"a/w": "stack window"}, "neither an axis 'in' nor one 'out'"),
+        ({"a/w": None}, "no leaf is a kernel; the leaves are: a/w"),
+    ),
+)
+def test_what_the_user_says_is_checked(axes, says):
+    with pytest.raises(ValueError, match=says):
+        sm.describe(None, {"a": {"w": jnp.zeros((8, 4))}}, axes=axes)
+
+
+def test_a_layout_of_another_network_is_refused():
+    layout = sm.describe(None, {"a": {"w": jnp.zeros((8, 4))}})
+    with pytest.raises(ValueError, match=r"'a/w' has the shape \(8, 5\), and \(8, 4\) in the layout"):
+        sm.init_scores(jax.random.key(0), {"a": {"w": jnp.zeros((8, 5))}}, layout)
+    with pytest.raises(ValueError, match="the layout has no leaf 'b/w'; there are: a/w"):
+        sm.init_scores(jax.random.key(0), {"b": {"w": jnp.zeros((8, 4))}}, layout)
+
+
+# The table.
+
+
+def test_inspect_shows_every_leaf_and_warns_of_what_would_go_wrong_silently():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.param("unused", nn.initializers.ones, (40, 40))
+            x = nn.BatchNorm(use_running_average=True, scale_init=nn.initializers.zeros)(nn.Dense(64)(x))
+            table = self.param("tied", nn.initializers.ones, (64, 64))
+            return nn.Dense(64, kernel_init=nn.initializers.zeros)(x @ table + x @ table.T)
+
+    x = jnp.ones((2, 64))
+    made = Net().init(jax.random.key(0), x)
+
+    def apply_fn(params, x):
+        return Net().apply({"params": params, "batch_stats": made["batch_stats"]}, x)
+
+    found = sm.inspect(made["params"], apply_fn, x, density=0.3)
+    rows = {row.path: row for row in found.rows}
+    assert set(rows) == set(by_path(made["params"]))
+    dense = rows["Dense_0/kernel"]
+    assert (dense.fan_in, dense.fan_out, dense.kept, dense.layers) == (64, 64, 1229, 1)
+    assert rows["BatchNorm_0/scale"].kept is None and rows["BatchNorm_0/scale"].axes == ""
+    text = str(found)
+    assert all(path in text for path in rows) and "kept at 0.3" in text and "read from the network" in text
+    said = "\n".join(found.warnings)
+    assert "BatchNorm_0/scale is 0: frozen" in said and "Dense_1/kernel is 0: frozen" in said
+    assert "unused is not used" in said and "tied is multiplied in several ways" in said
+    assert len(found.warnings) == 4
+    few = sm.inspect(made["params"], apply_fn, x, density=0.01).warnings
+    assert any("fewer weights than they have inputs or outputs: Dense_0/kernel" in line for line in few)
+
+
+def test_inspect_takes_shapes_and_names_alone():
+    weights = {"conv": {"w": jax.ShapeDtypeStruct((4, 8, 6), jnp.float32)}}
+    found = sm.inspect(weights)
+    assert found.rows[0].fan_in == 32 and "is it a stack?" in "\n".join(found.warnings)
+    assert sm.inspect({"w": jnp.ones((80, 60))}).warnings == [] and "nothing to warn of" in str(
+        sm.inspect({"w": jnp.ones((80, 60))})
+    )
+
+
+# The variance that a draw means, under the layout.
+
+
+def linen(module):
+    def make(x):
+        weights = jax.jit(module.init)(jax.random.key(0), x)["params"]
+        return weights, lambda weights, x: module.apply({"params": weights}, x)
+
+    return make
+
+
+def equinox(layer):
+    def make(x):
+        weights, static = eqx.partition(layer, eqx.is_inexact_array)
+        return weights, lambda weights, x: jax.vmap(eqx.combine(weights, static))(x)
+
+    return make
+
+
+def haiku(layer):
+    def make(x):
+        hk = pytest.importorskip("haiku")
+        net = hk.without_apply_rng(hk.transform(lambda x: getattr(hk, layer[0])(*layer[1:], with_bias=False)(x)))
+        return jax.jit(net.init)(jax.random.key(0), x), net.apply
+
+    return make
+
+
+class Looped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernels = self.param("kernels", nn.initializers.normal(), (3, 24, 24))
+        return jax.lax.fori_loop(0, 1, lambda i, x: x @ kernels[i], x)
+
+
+KEY = jax.random.key(5)
+LAYERS = {  # {name: (its maker, the shape of the inputs, how much of the border is left out)}
+    "dense": (linen(nn.Dense(32, use_bias=False)), (24,), 0),
+    "general": (linen(nn.DenseGeneral((4, 8), axis=(-2, -1), use_bias=False)), (4, 6), 0),
+    "convolution": (linen(nn.Conv(16, (3, 3), use_bias=False)), (12, 12, 6), 1),
+    "depthwise": (linen(nn.Conv(32, (3, 3), feature_group_count=16, use_bias=False)), (12, 12, 16), 1),
+    "grouped": (linen(nn.Conv(16, (3,), feature_group_count=4, use_bias=False)), (20, 8), 1),
+    "transposed": (linen(nn.ConvTranspose(16, (4, 4), strides=(2, 2), use_bias=False)), (8, 8, 6), 4),
+    "transposed by 3": (linen(nn.ConvTranspose(16, (3,), strides=(3,), use_bias=False)), (20, 8), 3),
+    "transposed, swapped": (linen(nn.ConvTranspose(16, (3, 3), transpose_kernel=True, use_bias=False)), (9, 9, 6), 2),
+    "in a loop": (linen(Looped()), (24,), 0),
+    "equinox linear": (equinox(eqx.nn.Linear(24, 32, use_bias=False, key=KEY)), (24,), 0),
+    "equinox convolution": (equinox(eqx.nn.Conv1d(8, 16, 3, groups=2, use_bias=False, key=KEY)), (8, 20), 0),
+    "equinox transposed": (equinox(eqx.nn.ConvTranspose1d(8, 16, 4, stride=2, use_bias=False, key=KEY)), (8, 20), 0),
+    "haiku convolution": (haiku(("Conv2D", 16, 3)), (12, 12, 6), 1),
+    "haiku transposed": (haiku(("Conv2DTranspose", 16, 4, 2)), (8, 8, 6), 4),
+    "haiku depthwise": (haiku(("DepthwiseConv2D", 2, 3)), (12, 12, 16), 1),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_outputs_of_a_drawn_layer_have_the_variance_that_the_initializer_means(name):
+    make, shape, border = LAYERS[name]
+    x = jax.random.normal(jax.random.key(1), (400, *shape))
+    weights, apply_fn = make(x)
+    layout = sm.describe(apply_fn, weights, x)
+    squares = []
+    for seed in range(6):
+        drawn = initializers.kaiming_normal(jax.random.key(seed), weights, where=layout)
+        out = np.asarray(jax.jit(apply_fn)(drawn, x))
+        if border:  # near it, padding takes the place of inputs
+            axes = out.ndim - 2
+            out = out[(slice(None), *[slice(border, -border)] * axes)]
+        squares.append(np.mean(out**2))
+    assert np.mean(squares) == pytest.approx(2, rel=0.12)  # 2 / fan_in for each of fan_in inputs of variance 1
+
+
+def test_layouts_is_the_room_of_describe():
+    assert sm.describe is layouts.describe and sm.inspect is layouts.inspect
