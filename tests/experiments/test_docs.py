@@ -74,6 +74,17 @@ def test_the_method_of_the_page_draws_its_masks_again(extending):
     assert method.update(8, before, batch) is before
 
 
+@pytest.mark.slow
+def test_the_page_about_own_models_runs_and_shows_what_inspect_prints(capsys):
+    text = (ROOT / "docs" / "models.md").read_text()
+    names = run(text)
+    [table] = blocks(text, "text")
+    shown, density = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert shown == table.rstrip("\n") and 0.1 < float(density) < 0.3
+    assert np.isfinite(names["metrics"]["loss"])
+    assert sm.density(sm.edge_popup(0.5)(names["average"])) == 0.5
+
+
 def test_the_saliency_of_the_page_scores_by_the_gradient(extending):
     names, kernel = extending, ("Dense_0", "kernel")
     scores = names["gradient_magnitude"](names["loss_fn"], names["weights"], names["batch"])

@@ -378,6 +378,28 @@ def case_with_sharded_scores_the_step_of_the_main_job_gathers_weights_and_sample
     assert size <= moved <= size + layers * 2 * 4 * SAMPLE * 4, (moved, size)
 
 
+def case_saliencies_and_growth_on_a_mesh_and_under_pmap_are_those_of_the_whole_batch_on_one_device():
+    weights = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
+    batch = jnp.asarray(np.random.default_rng(1).normal(size=(EXAMPLES, 6)), jnp.float32)
+
+    def loss(params, state, batch, key):
+        return jnp.mean(jnp.tanh(batch @ params["kernel"]) ** 2), (state, {})
+
+    subnet = sm.Subnet(weights, {"kernel": jnp.ones((6, 4))})
+    mesh = parallel.mesh()
+    for score in (
+        lambda batch, **name: sm.saliency.snip(loss, weights, batch, **name),
+        lambda batch, **name: sm.saliency.grasp(loss, weights, [batch], **name),
+        lambda batch, **name: sm.dynamic.dense_gradient(loss, subnet, batch, **name),
+    ):
+        one = np.asarray(score(batch)["kernel"])
+        sharded = jax.jit(score)(parallel.shard_batch(mesh, batch))["kernel"]
+        np.testing.assert_allclose(sharded, one, rtol=1e-5, atol=1e-8)
+        parts = batch.reshape(8, -1, 6)
+        for part in jax.pmap(functools.partial(score, axis_name="devices"), "devices")(parts)["kernel"]:
+            np.testing.assert_allclose(part, one, rtol=1e-5, atol=1e-8)
+
+
 def main_eight():
     assert jax.device_count() == 8
     errors = {}

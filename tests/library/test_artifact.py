@@ -607,3 +607,25 @@ def test_a_run_is_loaded_with_its_settings(tmp_path):
     (tmp_path / artifact.SETTINGS).write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
         sm.load_run(tmp_path)
+
+
+def test_weights_that_learned_beside_the_scores_are_stored_and_the_rest_is_a_seed(tmp_path):
+    weights = {
+        "blocks": {"Dense_0": {"kernel": jnp.zeros((3, 40, 50)), "bias": jnp.zeros((3, 50))}},
+        "head": {"w1": jnp.zeros((2, 25, 10)), "scale": jnp.zeros(10)},
+    }
+    layout = sm.describe(None, weights, axes={"head/w1": "in in out"})
+    key = jax.random.key(0)
+    weights = sm.initializers.kaiming_uniform(key, weights, sm.densities.erk(layout, 0.3), layout)
+    weights["blocks"]["Dense_0"]["bias"] = jax.random.normal(jax.random.key(1), (3, 50))
+    weights["head"]["scale"] = jnp.arange(10.0)
+    masks = sm.random_masks(jax.random.key(2), weights, 0.3, layout)
+    origin = artifact.Drawn("kaiming_uniform", key, density=sm.densities.erk(layout, 0.3), where=layout)
+    size = sm.save_subnetwork(tmp_path / "net.safetensors", sm.Subnet(weights, masks), origin)
+    assert size < 6500 * 0.9 / 8 + 4 * 160 + 1500
+    loaded, kept, *_ = sm.load_subnetwork(tmp_path / "net.safetensors")
+    for (path, was), (_, now) in zip(sm.trees.by_path(weights).items(), sm.trees.by_path(loaded).items(), strict=True):
+        np.testing.assert_array_equal(now, was, err_msg=path)
+    assert all(
+        (np.asarray(sm.trees.by_path(kept)[path]) == mask).all() for path, mask in sm.trees.by_path(masks).items()
+    )
