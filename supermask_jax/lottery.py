@@ -15,7 +15,7 @@ import optax
 
 from supermask_jax.densities import exact, keep_count
 from supermask_jax.leaves import Layout
-from supermask_jax.selection import keep_highest, keep_highest_of_all, random_scores, unit_masks, unit_scores
+from supermask_jax.selection import keep_highest, keep_highest_of_all, random_scores
 from supermask_jax.trees import (
     Tree,
     Where,
@@ -30,6 +30,7 @@ from supermask_jax.trees import (
     prunable,
     stacks_of,
 )
+from supermask_jax.units import unit_masks, unit_scores
 
 Scope = Literal["global", "layer"]
 Unit = Literal["weight", "neuron"]

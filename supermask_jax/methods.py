@@ -34,7 +34,7 @@ from supermask_jax.dynamic import (
 from supermask_jax.leaves import FanIn, Layout
 from supermask_jax.lottery import Scope, Unit, full_masks
 from supermask_jax.saliency import magnitude
-from supermask_jax.selection import global_masks, random_scores, within_units
+from supermask_jax.selection import global_masks, random_scores
 from supermask_jax.supermask import Key, MaskFn, Masks, Params, ProductFn, Scores, Subnet, identity, subnetwork
 from supermask_jax.train import Learns, LossFn, TrainState
 from supermask_jax.trees import (
@@ -49,6 +49,7 @@ from supermask_jax.trees import (
     per_layer,
     stacks_of,
 )
+from supermask_jax.units import within_units
 
 Update = Callable[[int, TrainState, Tree], TrainState]
 """update(step, state, batch) -> the state with new masks, after `step` steps; the batch is that of the last step."""

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supermask_jax.checks import is_concrete, warn_of_emptied
 from supermask_jax.criteria import CRITERIA, RANKED, criterion  # public here too, where they were before
 from supermask_jax.densities import exact, keep_count
 from supermask_jax.leaves import Layout, stack_of
-from supermask_jax.selection import highest_of_all, is_concrete, warn_of_emptied, within_units
+from supermask_jax.selection import highest_of_all
 from supermask_jax.trees import (
     Tree,
     Where,
@@ -31,6 +32,7 @@ from supermask_jax.trees import (
     prunable,
     prunable_floats,
 )
+from supermask_jax.units import within_units
 
 __all__ = [
     "CRITERIA",

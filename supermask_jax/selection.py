@@ -4,7 +4,6 @@
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from supermask_jax.checks import check_arrays, check_counts, check_scores, is_concrete, is_count, warn_of_emptied
 from supermask_jax.densities import keep_count
 from supermask_jax.draws import unit_uniform
 from supermask_jax.leaves import Layout, leaf_of, stack_of, unknown_axes
@@ -59,11 +59,11 @@ def keep_highest(
         jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
-    _check_arrays(scores)
+    check_arrays(scores)
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
     for path, score in leaves.items():
-        _check(path, score, allowed.get(path))
+        check_scores(path, score, allowed.get(path))
     stacks = {path: stack_of(path, score.shape, layout) for path, score in leaves.items()}
     layers = {path: tuple(leaves[path].shape[axis] for axis in stack) for path, stack in stacks.items()}
     numbers, keys, wanted = per_layer(counts, layers), [], []
@@ -72,7 +72,7 @@ def keep_highest(
         key, mask = order_key(score, allowed.get(path)), allowed.get(path)
         keys.append(jnp.moveaxis(key, *forth) if stacks[path] else key)
         own = {name: numbers[name] for name in (layer_name(path, i) for i in np.ndindex(*layers[path]))}
-        _check_counts(own, score, mask if mask is None or not stacks[path] else jnp.moveaxis(mask, *forth))
+        check_counts(own, score, mask if mask is None or not stacks[path] else jnp.moveaxis(mask, *forth))
         wanted.append(_as_array(list(own.values()), layers[path]))
     masks = highest(keys, wanted, tuple(range(len(keys))), tuple(map(len, stacks.values())))
     back = {
@@ -102,7 +102,7 @@ def layerwise_masks(scores: Tree, density: float | Mapping[str, float], *, layou
         then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
-    _check_arrays(scores)
+    check_arrays(scores)
     return keep_highest(scores, _counts(scores, density, layout), layout=layout)
 
 
@@ -130,7 +130,7 @@ def global_masks(
         match; NaN scores (under jit values are not known: NaN then ranks by its sign, beyond all numbers).
       TypeError: scores that are not floats of at most 32 bits.
     """
-    _check_arrays(scores)
+    check_arrays(scores)
     total = sum(score.size for score in by_path(scores).values())
     return keep_highest_of_all(scores, keep_count(density, total), within, minimum=minimum, layout=layout)
 
@@ -171,15 +171,15 @@ def highest_of_all(
     scores: Tree, count: int, within: Tree | None = None, minimum: int = 0, layout: Layout | None = None
 ) -> Tree:
     """Returns the masks of `keep_highest_of_all`, without a warning where a layer keeps nothing."""
-    _check_arrays(scores)
+    check_arrays(scores)
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
     for path, score in leaves.items():
-        _check(path, score, allowed.get(path))
+        check_scores(path, score, allowed.get(path))
     room: Any = 0  # an int, or traced
     for path, score in leaves.items():
         room += jnp.count_nonzero(allowed[path]) if path in allowed else score.size
-    if is_concrete((room, count)) and not _is_count(count, int(room)):
+    if is_concrete((room, count)) and not is_count(count, int(room)):
         raise ValueError(f"cannot keep {count} of the {room} weights to choose from")
     if minimum:
         return _with_minimum(scores, count, within, minimum, layout)
@@ -200,33 +200,6 @@ def _with_minimum(scores: Tree, count: int, within: Tree | None, minimum: int, l
     reserved = keep_highest(scores, least, within, layout=layout)
     others = jax.tree.map(lambda there, own: there - own.astype(there.dtype), within, reserved)
     return jax.tree.map(jnp.add, reserved, highest_of_all(scores, count - sum(least.values()), others))
-
-
-def warn_of_emptied(masks: Tree, before: Tree | None = None, layout: Layout | None = None) -> None:
-    """Warns of layers of which the masks keep nothing, although there was something; under jit nothing is known.
-
-    Args:
-      masks: tree of 0 or 1, None at leaves that are not prunable.
-      before: what there was; None means everything.
-      layout: what tells which leaves stack layers. None means the names.
-    """
-    if not is_concrete((masks, before)):
-        return
-    if not by_path(masks):
-        return
-    there = {} if before is None else layer_counts(before, layout)
-    emptied = [
-        name
-        for name, (ones, size) in layer_counts(masks, layout).items()
-        if size and not ones and there.get(name, (size, size))[0]
-    ]
-    if emptied:
-        warnings.warn(f"pruned whole: {', '.join(emptied)}; minimum=1 keeps a weight in every layer", stacklevel=3)
-
-
-def is_concrete(tree: Any) -> bool:
-    """Returns whether the values of all leaves are known, as they are not under jit."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def n_m_masks(
@@ -263,7 +236,7 @@ def n_m_masks(
     axes = per_path(axis, by_path(scores))
 
     def mask(path: str, score: jax.Array) -> jax.Array:
-        _check(path, score, None)
+        check_scores(path, score, None)
         if not -score.ndim <= axes[path] < score.ndim or score.shape[axes[path]] % m:
             raise ValueError(f"{path!r} {score.shape} has no axis {axes[path]} whose size {m} divides")
         at = axes[path] % score.ndim
@@ -276,65 +249,6 @@ def n_m_masks(
         return (above < n).astype(score.dtype).reshape(score.shape)
 
     return map_with_name(mask, scores)
-
-
-def unit_scores(scores: Tree, within: Tree | None = None, *, layout: Layout | None = None) -> Tree:
-    """Returns the mean score of each output unit's weights, for structured pruning: [..., out] -> [1, ..., 1, out].
-
-    A unit is a dense layer's neuron or a convolution's output channel: an entry of the "out" axes, in each layer of a
-    stack. Masks of units broadcast over the kernel.
-
-    Args:
-      scores: tree of floats, None at leaves that are not prunable.
-      within: masks; the mean is over the weights that they keep, and 0 for a unit of which they keep none. None means
-        all.
-      layout: what tells the axes. None means the names: of a leaf called weight, which is Equinox's, the first axis is
-        "out", of others the last.
-
-    Returns:
-      A tree like `scores`, of float32, with the length 1 along every axis that is summed.
-
-    Raises:
-      ValueError: paths of `within` that do not match.
-    """
-    leaves = by_path(scores)
-    allowed = per_path(by_path(within), leaves) if within is not None else {}
-
-    def mean(path: str, score: jax.Array) -> jax.Array:
-        kept = allowed[path] != 0 if path in allowed else jnp.ones(score.shape, bool)
-        over = {"axis": within_units(path, score.shape, layout), "keepdims": True, "dtype": jnp.float32}
-        return jnp.sum(score, where=kept, **over) / jnp.maximum(jnp.sum(kept, **over), 1)
-
-    return map_with_name(mean, scores)
-
-
-def unit_masks(masks: Tree, *, layout: Layout | None = None) -> Tree:
-    """Returns 1 for each output unit of which a mask keeps any weight, else 0: [..., out] -> [1, ..., 1, out].
-
-    Args:
-      masks: tree of 0 or 1, None at leaves that are not prunable.
-      layout: what tells which axes are "out". None means the names: of a leaf called weight, the first axis, of others
-        the last.
-
-    Returns:
-      A tree like `masks`, in their dtypes.
-    """
-
-    def of_units(path: str, mask: jax.Array) -> jax.Array:
-        return jnp.max(mask, axis=within_units(path, mask.shape, layout), keepdims=True)
-
-    return map_with_name(of_units, masks)
-
-
-def within_units(path: str, shape: tuple[int, ...], layout: Layout | None = None) -> tuple[int, ...]:
-    """Returns the axes of a kernel along which the weights of one output unit lie: its window and its "in" axes.
-
-    Where nothing tells the axes, the last one is "out".
-    """
-    leaf = leaf_of(path, shape, layout)
-    if leaf is None:
-        return tuple(range(len(shape) - 1))
-    return leaf.at("window", "in")
 
 
 def _summed(path: str, shape: tuple[int, ...], layout: Layout | None) -> int:
@@ -448,34 +362,6 @@ def _as_tree(scores: Tree, masks: dict[str, jax.Array]) -> Tree:
     return map_with_name(lambda path, score: masks[path].astype(score.dtype), scores)
 
 
-def _check_arrays(scores: Tree) -> None:
-    for path, score in by_path(scores).items():
-        if not hasattr(score, "dtype"):
-            kind = type(score).__name__
-            raise TypeError(f"scores are arrays; {path!r} is a {kind}: is a list of numbers meant as one?")
-
-
-def _check(path: str, score: jax.Array, allowed: jax.Array | None) -> None:
-    """Raises on what is wrong with a leaf; values are looked at only where they are concrete (not under jit)."""
-    dtype = np.dtype(score.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
-        raise TypeError(f"scores must be floats of at most 32 bits; {path!r} has {dtype}: cast it to float32")
-    if not isinstance(score, jax.core.Tracer) and np.isnan(np.asarray(score, np.float32)).any():
-        raise ValueError(f"the scores of {path!r} hold NaN")
-    if allowed is not None and jnp.shape(allowed) != jnp.shape(score):
-        raise ValueError(f"the mask of {path!r} has shape {jnp.shape(allowed)}, its scores {jnp.shape(score)}")
-
-
-def _check_counts(counts: Mapping[str, Any], score: jax.Array, allowed: jax.Array | None) -> None:
-    """Raises where a layer has not so many weights; values are looked at only where they are concrete."""
-    rooms = np.full(len(counts), score.size // max(len(counts), 1))
-    if allowed is not None and is_concrete(allowed):
-        rooms = np.count_nonzero(np.asarray(allowed).reshape(len(counts), -1), axis=1)
-    for (layer, count), room in zip(counts.items(), rooms.tolist(), strict=True):
-        if is_concrete(count) and not _is_count(count, room):
-            raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {layer!r}")
-
-
 def _as_array(counts: list[Any], stack: tuple[int, ...]) -> Any:
     """The counts of a stack's layers as one array of its shape; of a leaf that is one layer, the count itself."""
     if not stack:
@@ -483,8 +369,3 @@ def _as_array(counts: list[Any], stack: tuple[int, ...]) -> Any:
     if is_concrete(counts):
         return np.array([int(count) for count in counts], np.int32).reshape(stack)
     return jnp.stack([jnp.asarray(count, jnp.int32) for count in counts]).reshape(stack)
-
-
-def _is_count(count: Any, room: int) -> bool:
-    """Whether it is a whole number in [0, room]; NaN and infinity are none."""
-    return bool(0 <= count <= room) and bool(count == int(count))

@@ -11,19 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 from jax.extend import core
 
+from supermask_jax.moves import MOVED, Atom, View, shape_of_variable, sliced
 from supermask_jax.names import no_kernel, shape_of
 from supermask_jax.trees import Tree, by_path
-
-Atom = tuple[int, int]
-"""(axis of the leaf, size): an axis of the leaf or, after a reshape, a part of one."""
-
-
-class View(NamedTuple):
-    """A value that was made of one leaf and no data: of each of its axes, the axes of the leaf that it runs over."""
-
-    path: str
-    axes: tuple[tuple[Atom, ...], ...] | None  # None: they could not be followed
-    picked: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken: they count layers
 
 
 class Use(NamedTuple):
@@ -106,16 +96,18 @@ class _Follow:
             return [self.convolution(eqn, operands)]
         if name == "gather":
             return [self.gather(eqn, operands)]
-        shapes, out = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[0])
+        shapes, out = [shape_of_variable(v) for v in eqn.invars], shape_of_variable(eqn.outvars[0])
         if name == "select_n":  # what is chosen counts, not by what
             return [_several(operands[1:])]
         if name == "concatenate" and DATA not in operands:
             return [_several(operands)]
         if name == "split":
             views = _views(operands[0])
-            return [tuple(_slice(view, eqn, shapes[0], _shape(part)) for view in views) for part in eqn.outvars]
-        if isinstance(operands[0], tuple) and name in _MOVED:
-            moved = tuple(_MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
+            return [
+                tuple(sliced(view, eqn, shapes[0], shape_of_variable(part)) for view in views) for part in eqn.outvars
+            ]
+        if isinstance(operands[0], tuple) and name in MOVED:
+            moved = tuple(MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
             return [moved] * len(eqn.outvars)
         if name in MOVES or all(_fits(shape, out) for shape in shapes):
             return [self.elementwise(name, operands)] * len(eqn.outvars)
@@ -153,7 +145,7 @@ class _Follow:
         views, other = _views(operands[side]), operands[1 - side]
         if other is None:  # a constant matrix changes the leaf
             return tuple(view._replace(axes=None) for view in views)
-        roles = ["out"] * len(_shape(eqn.invars[side]))
+        roles = ["out"] * len(shape_of_variable(eqn.invars[side]))
         for axis in summed[side]:
             roles[axis] = "in"
         for axis in batched[side]:
@@ -197,7 +189,7 @@ class _Follow:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         if not views or numbers.operand_batching_dims:
             return self.other("gather", operands)
-        shape, rank = _shape(eqn.invars[0]), len(_shape(eqn.outvars[0]))
+        shape, rank = shape_of_variable(eqn.invars[0]), len(shape_of_variable(eqn.outvars[0]))
         kept = [axis for axis in range(len(shape)) if axis not in numbers.collapsed_slice_dims]
         made = []
         for view in views:
@@ -218,7 +210,7 @@ class _Follow:
     def scan(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         jaxpr = eqn.params["jaxpr"].jaxpr
-        rows = [_first_of(operand) for operand in operands[constants + carries :]]
+        rows = [row_of(operand) for operand in operands[constants + carries :]]
         carry = operands[constants : constants + carries]
         for _ in range(2):  # from the second round on, what the first one made
             outs = self.run(jaxpr, [*operands[:constants], *carry, *rows])
@@ -278,7 +270,7 @@ def _joined(old: Value, new: Value) -> Value:
     return old if isinstance(old, tuple) else new if new is not None else old
 
 
-def _first_of(value: Value) -> Value:
+def row_of(value: Value) -> Value:
     """What a loop sees of a value whose first axis it runs over."""
     if not isinstance(value, tuple):
         return value
@@ -286,90 +278,3 @@ def _first_of(value: Value) -> Value:
         view if view.axes is None else View(view.path, view.axes[1:], view.picked | {axis for axis, _ in view.axes[0]})
         for view in value
     )
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-    return tuple(getattr(variable.aval, "shape", ()))
-
-
-Moved = Callable[[View, core.JaxprEqn, tuple[int, ...], tuple[int, ...]], View]
-
-
-def _followed(move: Callable[..., Sequence[tuple[Atom, ...]] | None]) -> Moved:
-    """A move of a view's axes as one of the view; a view that is lost stays lost."""
-
-    def moved(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
-        axes = None if view.axes is None else move(view.axes, eqn.params, before, after)
-        return view._replace(axes=None if axes is None else tuple(axes))
-
-    return moved
-
-
-def _transpose(axes, params, before, after):
-    return [axes[axis] for axis in params["permutation"]]
-
-
-def _broadcast(axes, params, before, after):
-    made = [()] * len(after)
-    for axis, place in enumerate(params["broadcast_dimensions"]):
-        made[place] = axes[axis]
-    return made
-
-
-def _squeeze(axes, params, before, after):
-    gone = [axis % len(before) for axis in params["dimensions"]]
-    return [atoms for axis, atoms in enumerate(axes) if axis not in gone]
-
-
-def _reshape(axes, params, before, after):
-    """The atoms in order, dealt out to the new axes; one is split where an axis ends within it."""
-    if params["dimensions"] is not None:
-        axes = [axes[axis] for axis in params["dimensions"]]
-    left = [atom for atoms in axes for atom in atoms if atom[1] > 1]
-    if math.prod(size for _, size in left) != math.prod(after):
-        return None  # an axis that was broadcast
-    made = []
-    for size in after:
-        own, have = [], 1
-        while have < size:
-            axis, length = left.pop(0)
-            need = size // have
-            if need % length == 0:
-                own.append((axis, length))
-                have *= length
-            elif length % need == 0:
-                own.append((axis, need))
-                left.insert(0, (axis, length // need))
-                have *= need
-            else:
-                return None
-        made.append(tuple(own))
-    return made
-
-
-def _slice(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
-    """One entry of an axis: the axis counts layers. A part of it: it stays the axis, of another size."""
-    if view.axes is None:
-        return view
-    picked, axes = set(view.picked), []
-    for atoms, old, new in zip(view.axes, before, after, strict=True):
-        if new == old:
-            axes.append(atoms)
-        elif new == 1:
-            picked |= {axis for axis, _ in atoms}
-            axes.append(())
-        elif len(atoms) == 1:
-            axes.append(((atoms[0][0], new),))
-        else:
-            return view._replace(axes=None)
-    return View(view.path, tuple(axes), frozenset(picked))
-
-
-_MOVED: Mapping[str, Moved] = {
-    "transpose": _followed(_transpose),
-    "broadcast_in_dim": _followed(_broadcast),
-    "squeeze": _followed(_squeeze),
-    "reshape": _followed(_reshape),
-    "slice": _slice,
-    "dynamic_slice": _slice,
-}

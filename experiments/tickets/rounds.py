@@ -22,8 +22,8 @@ from experiments.tickets import display, plots
 from experiments.tickets.trainer import Candidate, Snapshot, Trained, Trainer
 from experiments.training import images, summary
 from supermask_jax import initializers, lottery, saliency
-from supermask_jax.selection import unit_masks
 from supermask_jax.trees import Tree, by_path, leaf_key
+from supermask_jax.units import unit_masks
 
 SUMMARY_KEYS = {"dataset", "model", "networks", "per_input", "seed", "config"}
 USUAL_VALIDATION = 5000  # or a tenth of a smaller set

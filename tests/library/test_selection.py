@@ -15,8 +15,9 @@ import oracles
 import pytest
 
 import supermask_jax as sm
-from supermask_jax.selection import keep_highest_of_all, straight_through, unit_masks, unit_scores
+from supermask_jax.selection import keep_highest_of_all, straight_through
 from supermask_jax.threshold import SAMPLE
+from supermask_jax.units import unit_masks, unit_scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -7,7 +7,7 @@ import oracles
 import pytest
 
 import supermask_jax as sm
-from supermask_jax import densities, dynamic, initializers, lottery, saliency, selection
+from supermask_jax import densities, dynamic, initializers, lottery, saliency, selection, units
 from supermask_jax.trees import layer_counts
 
 rng = np.random.default_rng(0)
@@ -130,11 +130,11 @@ def test_weights_and_scores_of_a_stack_are_drawn_for_the_fan_in_of_a_layer():
 
 def test_units_lie_along_the_out_axes_in_each_layer():
     scores = {"w": rng.normal(size=(4, 5, 6)).astype(np.float32)}
-    means = selection.unit_scores(scores, layout=layout(w="stack out in"))["w"]
+    means = units.unit_scores(scores, layout=layout(w="stack out in"))["w"]
     np.testing.assert_allclose(means, scores["w"].mean(axis=2, keepdims=True), rtol=1e-5)
-    assert selection.unit_masks(scores, layout=layout(w="stack in out"))["w"].shape == (4, 1, 6)
-    assert selection.unit_scores({"layers/0/weight": scores["w"][0]})["layers/0/weight"].shape == (5, 1)
-    assert selection.unit_scores({"layers/0/kernel": scores["w"][0]})["layers/0/kernel"].shape == (1, 6)
+    assert units.unit_masks(scores, layout=layout(w="stack in out"))["w"].shape == (4, 1, 6)
+    assert units.unit_scores({"layers/0/weight": scores["w"][0]})["layers/0/weight"].shape == (5, 1)
+    assert units.unit_scores({"layers/0/kernel": scores["w"][0]})["layers/0/kernel"].shape == (1, 6)
 
 
 @pytest.mark.parametrize("unit", ("weight", "neuron"))
@@ -143,8 +143,8 @@ def test_pruning_by_layer_prunes_each_layer_of_a_stack(unit):
     masks = lottery.full_masks(weights)
     first = lottery.prune(weights, masks, {f"{DENSE}[0]": 0.2, f"{DENSE}[1]": 0.5, f"{DENSE}[2]": 0.0}, "layer", unit)
     assert list(sm.layer_densities(first).values()) == pytest.approx([0.8, 0.5, 1.0])
-    units = np.asarray(first[DENSE]).max(axis=1).sum(axis=1)
-    assert units.tolist() == ([16, 10, 20] if unit == "neuron" else [20, 20, 20])
+    left = np.asarray(first[DENSE]).max(axis=1).sum(axis=1)
+    assert left.tolist() == ([16, 10, 20] if unit == "neuron" else [20, 20, 20])
     second = lottery.prune(weights, first, 0.5, "layer", unit)
     assert list(sm.layer_densities(second).values()) == pytest.approx([0.4, 0.25, 0.5])
 
