@@ -18,6 +18,9 @@ from supermask_jax.names import gate_stack, is_closed, is_gate, no_kernel
 from supermask_jax.trees import Tree, by_path, checked_shape
 from supermask_jax.usage import Use, uses
 
+TRACED, TIED = "read from the network", "read from the network, which multiplies it in several ways"
+UNUSED = "by its name: the network does not use it"
+CHANGED = "by its name: the network changes it before its use"
 LAYERS_FOR = 16  # an unstacked leaf whose first axis is at most this may be a stack that nothing tells
 
 
@@ -80,39 +83,28 @@ def _said(axes: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]])
     return said
 
 
-def _leaf(path: str, shape: tuple[int, ...], used: list[Use] | None) -> Leaf:
-    """What a leaf is, by its uses in the traced network and by its name; `used` None: the network was not traced."""
-    no, name = no_kernel(path, shape), path.rsplit("/", 1)[-1]
-    gate = (bool(used) and all(use.kind == "multiplied" for use in used or ())) or (
-        not used and is_gate(path, jax.ShapeDtypeStruct(shape, jnp.float32))
-    )
-    if used is None and not no:
-        known = leaf_of(path, shape)
-        if known is None:
-            raise unknown_axes(path, shape)
-        return known
-    products = [use for use in used or () if use.kind == "product" and {"in", "window"} & set(use.roles.values())]
-    kinds = {use.kind for use in used or ()}
-    if "looked up" in kinds or (no and (name != "b" or len(shape) < 2)):
-        return Leaf(path, shape, None, no or "it is looked up, as a table is", gate=gate)
+def _leaf(path: str, shape: tuple[int, ...], found: list[Use] | None) -> Leaf:
+    """What a leaf is, by its uses in the traced network, then by its name; `found` None: the network was not traced."""
+    kinds, no = {use.kind for use in found or ()}, no_kernel(path, shape)
+    products = [use for use in found or () if use.kind == "product" and {"in", "window"} & set(use.roles.values())]
+    gate = kinds == {"multiplied"} if found else is_gate(path, shape)
+    if products and path.rsplit("/", 1)[-1] == "b" and len(shape) > 1:
+        no = ""  # the second matrix of a low-rank product, and no bias
+    if "looked up" in kinds:
+        no = no or "it is looked up, as a table is"
+    elif not products and kinds and kinds <= {"multiplied", "added"}:
+        no = no or ("the data is multiplied by it" if gate else "it is added to the data, or put beside it")
+    if no:
+        return Leaf(path, shape, None, no, gate=gate)
     if products:
         use = products[0]
         rest = "window" if "in" in use.roles.values() else "in"  # of axes of length 1, which reshapes drop
         roles = tuple(use.roles.get(axis, rest) for axis in range(len(shape)))
-        tied = "; it is also multiplied in another way" if len(products) > 1 else ""
-        return Leaf(path, shape, roles, f"read from the network{tied}", use.groups, use.spacing)
-    if no:
-        return Leaf(path, shape, None, no, gate=gate)
-    if kinds <= {"multiplied", "added"} and kinds:
-        why = "the data is multiplied by it" if "multiplied" in kinds else "it is added to the data, or put beside it"
-        return Leaf(path, shape, None, why, gate=gate)
+        return Leaf(path, shape, roles, TRACED if len(products) == 1 else TIED, use.groups, use.spacing)
     known = leaf_of(path, shape)
     if known is None:
         raise unknown_axes(path, shape)
-    why = (
-        "by its name: the network does not use it" if not used else "by its name: the network changes it before its use"
-    )
-    return known._replace(why=why)
+    return known if found is None else known._replace(why=CHANGED if found else UNUSED)
 
 
 class Row(NamedTuple):
@@ -206,9 +198,9 @@ def _warnings(layout: Layout, arrays: Mapping[str, Any], rows: list[Row], densit
             continue
         if not jnp.issubdtype(getattr(array, "dtype", jnp.float32), jnp.floating):
             notes.append(f"{path} has {array.dtype}: only floats are prunable")
-        if "another way" in leaf.why:
+        if leaf.why == TIED:
             notes.append(f"{path} is multiplied in several ways (tied); the first one tells its fan-in")
-        if traced and "does not use it" in leaf.why:
+        if leaf.why == UNUSED:
             notes.append(f"{path} is not used: its scores never move")
         if not traced and len(leaf.shape) == 3 and leaf.at("window") and leaf.shape[0] <= LAYERS_FOR:
             notes.append(f"{path} {leaf.shape} is taken for a convolution of width {leaf.shape[0]}; is it a stack?")

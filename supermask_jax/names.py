@@ -35,8 +35,8 @@ WIDEST = 32  # no convolution's window is wider; patch embeddings have 14, 16 or
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
-    """Returns the shape of an array, of a number, or of anything that has a shape, as Python integers."""
-    shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
+    """Returns the shape of an array, of a number, or of anything that has a shape; a tuple is a shape itself."""
+    shape = leaf if isinstance(leaf, tuple) else leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
     return tuple(int(n) for n in shape)
 
 
@@ -51,7 +51,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
     Args:
       path: the leaf's keys joined by "/": "Conv_0/kernel".
-      leaf: the array, or its shape as `jax.ShapeDtypeStruct`.
+      leaf: the array, or its shape.
     """
     return not no_kernel(path, shape_of(leaf))
 
@@ -82,7 +82,7 @@ def is_gate(path: str, leaf: Any) -> bool:
 
     Args:
       path: the leaf's keys joined by "/": "BatchNorm_0/scale".
-      leaf: the array, or its shape as `jax.ShapeDtypeStruct`.
+      leaf: the array, or its shape.
     """
     *parents, name = path.split("/")
     norm = bool(parents) and name in PLAIN and bool(NORMS.search(parents[-1]))
