@@ -226,16 +226,17 @@ def open_gates(weights: Tree, value: float = 1.0, where: Where | None = None) ->
     Args:
       weights: tree of concrete arrays (not under jit).
       value: what such leaves are set to.
-      where: (path, leaf) -> whether the data is multiplied by the leaf, entry by entry. None: leaves of one axis are,
-        and the scales of a stack, whose names say so: scale, gamma, gain, gate, alpha and the like, and the weight of a
-        normalisation; with a `Layout` that was read from the network, those that it saw multiplied.
+      where: (path, leaf) -> whether the data is multiplied by the leaf, entry by entry. None: the name says so: scale,
+        gamma, gain, gate, alpha and the like, and the weight of a normalisation. A `Layout` that was read from the
+        network knows better: a scale that the network adds to 1, or puts through a sigmoid, is no gate.
     """
     layout = layout_of(where)
 
     def open_one(path: str, leaf: jax.Array) -> jax.Array:
-        gate = layout.leaf(path, leaf.shape).gate if layout else (where or is_gate)(path, leaf)
+        gate = layout.leaf(path, jnp.shape(leaf)).gate if layout else (where or is_gate)(path, leaf)
         if not gate:
             return leaf
+        leaf = jnp.asarray(leaf)
         stack = gate_stack(leaf.shape)
         within = tuple(axis for axis in range(leaf.ndim) if axis not in stack)
         closed = ~np.any(np.asarray(leaf), axis=within, keepdims=True)

@@ -14,13 +14,21 @@ import jax.numpy as jnp
 
 from supermask_jax.densities import keep_count
 from supermask_jax.leaves import AXES, Layout, Leaf, leaf_of, unknown_axes
-from supermask_jax.names import gate_stack, is_closed, is_gate, no_kernel
+from supermask_jax.names import PLAIN, gate_stack, is_closed, is_gate, low_rank, names_of, no_kernel
 from supermask_jax.trees import Tree, by_path, checked_shape
 from supermask_jax.usage import Use, uses
 
 TRACED, TIED = "read from the network", "read from the network, which multiplies it in several ways"
+FILLED = "read from the network, which changes its zeros"
 UNUSED = "by its name: the network does not use it"
 CHANGED = "by its name: the network changes it before its use"
+NOTES = {
+    TIED: "is multiplied in several ways, which sum different axes; the first one tells its fan-in",
+    FILLED: "does not stay sparse: the network adds to it, or shifts it, before the product; a mask only chooses",
+    UNUSED: "is not used, as far as could be seen: its scores never move",
+    CHANGED: "could not be followed to a product, so that its name and shape tell its axes: a guess; say it with axes",
+}
+OPEN, DRAW = "sm.initializers.open_gates", "a function of sm.initializers, or, if it starts at 0 for good, axes: None,"
 LAYERS_FOR = 16  # an unstacked leaf whose first axis is at most this may be a stack that nothing tells
 
 
@@ -86,25 +94,47 @@ def _said(axes: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]])
 def _leaf(path: str, shape: tuple[int, ...], found: list[Use] | None) -> Leaf:
     """What a leaf is, by its uses in the traced network, then by its name; `found` None: the network was not traced."""
     kinds, no = {use.kind for use in found or ()}, no_kernel(path, shape)
-    products = [use for use in found or () if use.kind == "product" and {"in", "window"} & set(use.roles.values())]
+    roles, tied = _roles([use.roles for use in found or () if use.kind == "product"])
     gate = kinds == {"multiplied"} if found else is_gate(path, shape)
-    if products and path.rsplit("/", 1)[-1] == "b" and len(shape) > 1:
-        no = ""  # the second matrix of a low-rank product, and no bias
+    size = math.prod(n for n in shape)
     if "looked up" in kinds:
         no = no or "it is looked up, as a table is"
-    elif not products and kinds and kinds <= {"multiplied", "added"}:
-        no = no or ("the data is multiplied by it" if gate else "it is added to the data, or put beside it")
+    elif {"out"} < set(roles.values()) or (low_rank(path, jax.ShapeDtypeStruct(shape, jnp.float32)) and kinds):
+        no = ""  # a product tells more than a name
+    elif (
+        kinds and kinds <= {"multiplied", "shaped", "added"} and not (names_of(path)[-1] in PLAIN and size > max(shape))
+    ):
+        no = no or (
+            "the data is multiplied by it" if "added" not in kinds else "it is added to the data, or put beside it"
+        )
     if no:
         return Leaf(path, shape, None, no, gate=gate)
-    if products:
-        use = products[0]
-        rest = "window" if "in" in use.roles.values() else "in"  # of axes of length 1, which reshapes drop
-        roles = tuple(use.roles.get(axis, rest) for axis in range(len(shape)))
-        return Leaf(path, shape, roles, TRACED if len(products) == 1 else TIED, use.groups, use.spacing)
+    if roles:
+        if "out" not in roles.values():  # depthwise: each channel has weights of its own
+            roles = {axis: "out" if role == "stack" else role for axis, role in roles.items()}
+        rest = "window" if "in" in roles.values() else "in"  # of axes of length 1, which reshapes drop
+        use = next(use for use in found or () if use.kind == "product")
+        axes = tuple(roles.get(axis, rest) for axis in range(len(shape)))
+        why = TIED if tied else TRACED if use.keeps_zero else FILLED
+        return Leaf(path, shape, axes, why, use.groups, use.spacing)
     known = leaf_of(path, shape)
     if known is None:
-        raise unknown_axes(path, shape)
+        raise unknown_axes(path, shape, found is not None)
     return known if found is None else known._replace(why=CHANGED if found else UNUSED)
+
+
+def _roles(products: list[Mapping[int, str]]) -> tuple[dict[int, str], bool]:
+    """({axis: what it does} over all products with a leaf, whether some of them sum what others leave)."""
+    roles: dict[int, str] = {}
+    tied = False
+    for product in products:
+        for axis, role in product.items():
+            old = roles.setdefault(axis, role)
+            if {old, role} == {"stack", "out"}:
+                roles[axis] = "out"  # one entry here and the others there: they are parts of one axis
+            elif old != role:
+                tied = True
+    return roles, tied
 
 
 class Row(NamedTuple):
@@ -192,18 +222,15 @@ def _warnings(layout: Layout, arrays: Mapping[str, Any], rows: list[Row], densit
         array = arrays[path]
         known = hasattr(array, "dtype") and not isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer)
         if known and (leaf.gate or leaf.axes) and is_closed(array, gate_stack(leaf.shape) if leaf.gate else leaf.stack):
-            ways = "sm.initializers.open_gates" if leaf.gate else "a function of sm.initializers"
-            notes.append(f"{path} is 0: frozen, it lets nothing pass; {ways} changes that")
+            notes.append(f"{path} is 0: frozen, it lets nothing pass; {OPEN if leaf.gate else DRAW} changes that")
         if leaf.axes is None:
             continue
         if not jnp.issubdtype(getattr(array, "dtype", jnp.float32), jnp.floating):
             notes.append(f"{path} has {array.dtype}: only floats are prunable")
-        if leaf.why == TIED:
-            notes.append(f"{path} is multiplied in several ways (tied); the first one tells its fan-in")
-        if leaf.why == UNUSED:
-            notes.append(f"{path} is not used: its scores never move")
-        if not traced and len(leaf.shape) == 3 and leaf.at("window") and leaf.shape[0] <= LAYERS_FOR:
-            notes.append(f"{path} {leaf.shape} is taken for a convolution of width {leaf.shape[0]}; is it a stack?")
+        if leaf.why in NOTES:
+            notes.append(f"{path} {NOTES[leaf.why]}")
+        if not traced and len(leaf.shape) > 2 and leaf.at("window") and leaf.shape[0] <= LAYERS_FOR:
+            notes.append(f"{path} {leaf.shape} is taken for a convolution, by its name and shape; is it a stack?")
     few = [row.path for row in rows if row.kept is not None and row.kept < max(layout[row.path].layer_shape[-2:])]
     if few:
         notes.append(

@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from supermask_jax.names import equinox_axes, flax_axes, shape_of
+import numpy as np
+
+from supermask_jax.names import EQUINOX, equinox_axes, flax_axes, names_of, shape_of
 
 AXES = ("stack", "window", "in", "out")
 """What an axis of a kernel does: it counts layers of one shape, spans a convolution's window, is summed, or remains."""
@@ -104,6 +106,10 @@ class Layout(Mapping[str, Leaf]):
         self.leaf(path, shape_of(leaf))
         return path in self._kernels
 
+    def others(self, path: str, leaf: Any) -> bool:
+        """Returns whether the leaf is no kernel, and of floats: what may learn beside the scores."""
+        return not self(path, leaf) and np.issubdtype(getattr(leaf, "dtype", np.float32), np.floating)
+
     def leaf(self, path: str, shape: Sequence[int]) -> Leaf:
         """Returns what is known of a leaf.
 
@@ -126,13 +132,17 @@ class Layout(Mapping[str, Leaf]):
         return self.leaf(path, shape).fan_out
 
 
-def unknown_axes(path: str, shape: Sequence[int]) -> ValueError:
-    """Returns the error that asks for what a name and a shape do not tell."""
+def unknown_axes(path: str, shape: Sequence[int], traced: bool = False) -> ValueError:
+    """Returns the error that asks for what the names, and the network if it was traced, do not tell."""
+    words = f"a word of {', '.join(AXES)} for each of its {len(shape)} axes"
+    say = f"axes={{{path!r}: '...'}}, with {words}, or None if it is no kernel"
+    if traced:
+        return ValueError(
+            f"neither the network nor its name tells what the axes of {path!r} {tuple(shape)} do. Say {say}"
+        )
     return ValueError(
         f"neither its name nor its shape {tuple(shape)} tells what the axes of {path!r} do. Let the network tell: "
-        "layout = sm.describe(apply_fn, weights, example); or say it: sm.describe(None, weights, "
-        f"axes={{{path!r}: '{' '.join(['stack'] * (len(shape) - 2))} in out'}}), with a word of {', '.join(AXES)} for "
-        "each axis. Then give where=layout"
+        f"layout = sm.describe(apply_fn, weights, example), and give where=layout. Or say it there: {say}"
     )
 
 
@@ -227,7 +237,7 @@ def leaf_of(path: str, shape: Any, layout: Layout | None = None) -> Leaf | None:
         return shape
     if layout is not None:
         return layout.leaf(path, shape)
-    axes = (equinox_axes if path.rsplit("/", 1)[-1] == "weight" else flax_axes)(path, shape)
+    axes = (equinox_axes if EQUINOX.search(names_of(path)[-1]) else flax_axes)(path, shape)
     return None if axes is None else Leaf(path, tuple(shape), axes, "by its name")
 
 

@@ -1,13 +1,13 @@
 """How the axes of a leaf lie in what a traced network makes of it by moving its numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jax.extend import core
 
 Atom = tuple[int, int]
-"""(axis of the leaf, size): an axis of the leaf or, after a reshape, a part of one."""
+"""(axis of the leaf, size): an axis of the leaf or, after a reshape, a part of one; axis -1 was made by a broadcast."""
 
 
 class View(NamedTuple):
@@ -15,49 +15,55 @@ class View(NamedTuple):
 
     path: str
     axes: tuple[tuple[Atom, ...], ...] | None  # None: they could not be followed
-    picked: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken: they count layers
+    picked: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken, and that are gone: they count
+    cut: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken, and that are still there
+    keeps_zero: bool = True  # whether an entry of 0 is still 0
+    rescales: bool = False  # whether it multiplies a larger leaf
 
-
-def shape_of_variable(variable: Any) -> tuple[int, ...]:
-    return tuple(getattr(variable.aval, "shape", ()))
+    def real(self) -> int:
+        """How many entries of the leaf it runs over."""
+        return math.prod(size for atoms in self.axes or () for axis, size in atoms if axis >= 0)
 
 
 Moved = Callable[[View, core.JaxprEqn, tuple[int, ...], tuple[int, ...]], View]
 
 
-def _followed(move: Callable[..., Sequence[tuple[Atom, ...]] | None]) -> Moved:
-    """A move of a view's axes as one of the view; a view that is lost stays lost."""
-
-    def moved(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
-        axes = None if view.axes is None else move(view.axes, eqn.params, before, after)
-        return view._replace(axes=None if axes is None else tuple(axes))
-
-    return moved
+def shape_of_variable(variable: Any) -> tuple[int, ...]:
+    """Returns the shape of an operand or a result of an operation."""
+    return tuple(getattr(variable.aval, "shape", ()))
 
 
-def _transpose(axes, params, before, after):
-    return [axes[axis] for axis in params["permutation"]]
+def _transpose(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+    axes = view.axes or ()
+    return view._replace(axes=tuple(axes[axis] for axis in eqn.params["permutation"]))
 
 
-def _broadcast(axes, params, before, after):
-    made = [()] * len(after)
-    for axis, place in enumerate(params["broadcast_dimensions"]):
-        made[place] = axes[axis]
-    return made
+def _broadcast(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+    made: list[tuple[Atom, ...]] = [()] * len(after)
+    for atoms, place in zip(view.axes or (), eqn.params["broadcast_dimensions"], strict=True):
+        made[place] = atoms
+    return view._replace(axes=tuple(made))
 
 
-def _squeeze(axes, params, before, after):
-    gone = [axis % len(before) for axis in params["dimensions"]]
-    return [atoms for axis, atoms in enumerate(axes) if axis not in gone]
+def _squeeze(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+    gone = {axis % len(before) for axis in eqn.params["dimensions"]}
+    axes = view.axes or ()
+    kept = tuple(atoms for axis, atoms in enumerate(axes) if axis not in gone)
+    return _without(view, [atom for axis in gone for atom in axes[axis]])._replace(axes=kept)
 
 
-def _reshape(axes, params, before, after):
+def _reshape(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
     """The atoms in order, dealt out to the new axes; one is split where an axis ends within it."""
-    if params["dimensions"] is not None:
-        axes = [axes[axis] for axis in params["dimensions"]]
-    left = [atom for atoms in axes for atom in atoms if atom[1] > 1]
-    if math.prod(size for _, size in left) != math.prod(after):
-        return None  # an axis that was broadcast
+    axes, sizes = view.axes or (), before
+    if eqn.params["dimensions"] is not None:
+        order = eqn.params["dimensions"]
+        axes, sizes = tuple(axes[axis] for axis in order), tuple(before[axis] for axis in order)
+    left: list[Atom] = []
+    for atoms, size in zip(axes, sizes, strict=True):
+        rest, uneven = divmod(size, math.prod(n for _, n in atoms))
+        if uneven:
+            return view._replace(axes=None)
+        left += [atom for atom in atoms if atom[1] > 1] + [(-1, rest)] * (rest > 1)
     made = []
     for size in after:
         own, have = [], 1
@@ -72,27 +78,43 @@ def _reshape(axes, params, before, after):
                 left.insert(0, (axis, length // need))
                 have *= need
             else:
-                return None
+                return view._replace(axes=None)
         made.append(tuple(own))
-    return made
+    return _without(view, [atom for atoms in axes for atom in atoms if atom[1] == 1])._replace(axes=tuple(made))
 
 
 def sliced(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
-    """One entry of an axis: the axis counts layers. A part of it: it stays the axis, of another size."""
+    """Returns the view of a slice. Of an axis of which one entry is left it is not yet known what it does."""
     if view.axes is None:
         return view
-    picked, axes = set(view.picked), []
+    cut, axes = set(view.cut), []
     for atoms, old, new in zip(view.axes, before, after, strict=True):
         if new == old:
             axes.append(atoms)
         elif new == 1:
-            picked |= {axis for axis, _ in atoms}
-            axes.append(())
+            cut |= {axis for axis, _ in atoms}
+            axes.append(tuple((axis, 1) for axis, _ in atoms))
         elif len(atoms) == 1:
             axes.append(((atoms[0][0], new),))
         else:
             return view._replace(axes=None)
-    return View(view.path, tuple(axes), frozenset(picked))
+    return view._replace(axes=tuple(axes), cut=frozenset(cut))
+
+
+def _padded(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
+    """An axis that is made longer stays the axis; it can no longer be split."""
+    return view
+
+
+def _without(view: View, gone: list[Atom]) -> View:
+    """The view after axes of length 1 went: those of which one entry was taken count layers."""
+    picked = {axis for axis, _ in gone} & view.cut
+    return view._replace(picked=view.picked | picked, cut=view.cut - picked)
+
+
+def _followed(move: Moved) -> Moved:
+    """A move of views that are followed; one that is lost stays lost."""
+    return lambda view, *rest: view if view.axes is None else move(view, *rest)
 
 
 MOVED: Mapping[str, Moved] = {
@@ -102,4 +124,5 @@ MOVED: Mapping[str, Moved] = {
     "reshape": _followed(_reshape),
     "slice": sliced,
     "dynamic_slice": sliced,
+    "pad": _padded,
 }

@@ -12,17 +12,20 @@ import jax
 from jax.extend import core
 
 from supermask_jax.moves import MOVED, Atom, View, shape_of_variable, sliced
-from supermask_jax.names import no_kernel, shape_of
+from supermask_jax.names import low_rank, no_kernel, shape_of
 from supermask_jax.trees import Tree, by_path
 
 
 class Use(NamedTuple):
     """One way in which the network uses a leaf."""
 
-    kind: str  # "product", "multiplied", "added", "looked up", or "lost": by an operation that is not followed
+    kind: str
+    """"product"; "multiplied": with data, entry by entry, so that nothing passes an entry of 0; "shaped": the same of a
+    function of the leaf; "added": to the data, or put beside it; "looked up"; "lost": in a way that is not followed."""
     roles: Mapping[int, str] = {}  # of a product: {axis of the leaf: what it does}
     groups: int = 1
     spacing: int = 1
+    keeps_zero: bool = True  # of a product: whether a weight of 0 takes part as 0
 
 
 DATA: Literal["data"] = "data"
@@ -31,8 +34,15 @@ Value: TypeAlias = Literal["data", "parameter"] | tuple[View, ...] | None
 """What is known of a value: it depends on the data; it was made of parameters alone, in a way that does not matter; it
 was made of these leaves; or it is a constant (None)."""
 
+KEEP_ZERO = {
+    *("mul", "neg", "abs", "sign", "max", "min", "tanh", "sin", "sinh", "asin", "asinh", "atan", "atanh", "erf"),
+    *("sqrt", "square", "integer_pow", "cbrt", "expm1", "log1p", "real", "imag", "convert_element_type", "copy"),
+    *("stop_gradient", "sharding_constraint", "rev", "reduce_precision"),
+}
+"""Operations that make 0 of 0, so that a pruned weight stays pruned; of `max` and `min`, with 0, as in ReLU."""
 LOOPS = {"scan": "scan", "while": "loop", "cond": "branches"}  # {primitive: the method that walks it}
-MOVES = {"convert_element_type", "copy", "stop_gradient", "sharding_constraint", "rev", "reduce_precision"}
+MIXES = {"sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "cholesky", "triangular_solve", "fft"}
+"""Operations whose results have the shape of their operands, and are not made entry by entry."""
 
 
 def uses(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -> dict[str, list[Use]]:
@@ -48,7 +58,7 @@ def uses(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -
     jaxpr = jax.make_jaxpr(apply_fn)(weights, example).jaxpr
     known: list[Value] = [_seed(path, shape_of(leaf)) for path, leaf in leaves.items()]
     known += [DATA] * (len(jaxpr.invars) - len(known))
-    inputs = {path for path, leaf in leaves.items() if no_kernel(path, shape_of(leaf))}
+    inputs = {path for path, leaf in leaves.items() if no_kernel(path, shape_of(leaf)) and not low_rank(path, leaf)}
     _Follow(found, inputs).run(jaxpr, known)
     return found
 
@@ -98,38 +108,52 @@ class _Follow:
             return [self.gather(eqn, operands)]
         shapes, out = [shape_of_variable(v) for v in eqn.invars], shape_of_variable(eqn.outvars[0])
         if name == "select_n":  # what is chosen counts, not by what
-            return [_several(operands[1:])]
-        if name == "concatenate" and DATA not in operands:
-            return [_several(operands)]
+            return [self.joined(operands[1:])]
+        if name == "concatenate":
+            return [self.joined(operands)]
         if name == "split":
             views = _views(operands[0])
             return [
                 tuple(sliced(view, eqn, shapes[0], shape_of_variable(part)) for view in views) for part in eqn.outvars
             ]
-        if isinstance(operands[0], tuple) and name in MOVED:
+        if name.startswith("ragged_dot"):
+            return [self.ragged_dot(eqn, operands)]
+        if isinstance(operands[0], tuple) and name in MOVED and (name != "pad" or operands[1] != DATA):
             moved = tuple(MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
             return [moved] * len(eqn.outvars)
-        if name in MOVES or all(_fits(shape, out) for shape in shapes):
-            return [self.elementwise(name, operands)] * len(eqn.outvars)
+        if name not in MIXES and all(_fits(shape, out) for shape in shapes):
+            return [self.elementwise(name, operands, shapes, len(out))] * len(eqn.outvars)
         return [self.other(name, operands)] * len(eqn.outvars)
 
-    def elementwise(self, name: str, operands: list[Value]) -> Value:
-        views = tuple(view for operand in operands for view in _views(operand))
-        if DATA not in operands:
-            return tuple(dict.fromkeys(views))
-        kind = {"mul": "multiplied", "div": "multiplied"}.get(name, "added")
-        self.note(views, Use(kind))
-        return DATA
+    def joined(self, operands: Sequence[Value]) -> Value:
+        """What lies beside the others, or is one of them; with data, a leaf ends there."""
+        if DATA in operands:
+            self.note([view for operand in operands for view in _views(operand)], Use("added"))
+        return _several(operands)
+
+    def elementwise(self, name: str, operands: list[Value], shapes: list[tuple[int, ...]], rank: int) -> Value:
+        views = []
+        for place, (operand, shape) in enumerate(zip(operands, shapes, strict=True)):
+            keeps_zero = name in KEEP_ZERO or (name == "div" and place == 0)
+            for view in _views(operand):
+                axes = ((),) * rank if view.axes is not None and not shape else view.axes
+                views.append(view._replace(axes=axes, keeps_zero=view.keeps_zero and keeps_zero))
+        if DATA in operands:
+            for view in views:
+                scaled = "multiplied" if view.keeps_zero else "shaped"
+                self.note([view], Use(scaled if name in ("mul", "div") else "added"))
+            return DATA
+        largest = max(view.real() for view in views)
+        return tuple(dict.fromkeys(view._replace(rescales=view.rescales or view.real() < largest) for view in views))
 
     def other(self, name: str, operands: list[Value]) -> Value:
         """An operation that is not followed: with data, the leaf ends there."""
         views = [view for operand in operands for view in _views(operand)]
         if DATA in operands:
-            self.note(
-                views, Use("added" if name in ("concatenate", "pad", "scatter", "dynamic_update_slice") else "lost")
-            )
+            beside = name in ("pad", "scatter", "scatter-add", "dynamic_update_slice")
+            self.note(views, Use("added" if beside else "lost"))
             return DATA
-        if name.startswith("reduce") or name in ("argmax", "argmin", "cumsum"):  # a norm, a mean: not the weights
+        if name.startswith("reduce") or name in ("argmax", "argmin"):  # a norm, a mean: not the weights
             return PARAMETER
         return tuple(view._replace(axes=None) for view in views)
 
@@ -142,17 +166,28 @@ class _Follow:
                 self.note(_views(operand), Use("lost"))
             return PARAMETER
         side = kernels.index(True)
-        views, other = _views(operands[side]), operands[1 - side]
-        if other is None:  # a constant matrix changes the leaf
-            return tuple(view._replace(axes=None) for view in views)
         roles = ["out"] * len(shape_of_variable(eqn.invars[side]))
         for axis in summed[side]:
             roles[axis] = "in"
         for axis in batched[side]:
             roles[axis] = "stack"
-        for view in views:
+        for view in _views(operands[side]):
             self.note([view], _product(view, roles))
-        return other
+        return operands[1 - side] or PARAMETER
+
+    def ragged_dot(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
+        """A product of each row with the matrix of its group."""
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, summed), (_, batched) = numbers.dot_dimension_numbers
+        roles = ["out"] * len(shape_of_variable(eqn.invars[1]))
+        for axis in (*batched, *numbers.rhs_group_dimensions):
+            roles[axis] = "stack"
+        for axis in summed:
+            roles[axis] = "in"
+        self.note(_views(operands[0]), Use("lost"))
+        for view in _views(operands[1]):
+            self.note([view], _product(view, roles))
+        return DATA if DATA in operands else PARAMETER
 
     def plain(self, value: Value, other: Value) -> Value:
         """PARAMETER in place of leaves that are no kernels by their names, where they meet another leaf in a product.
@@ -189,7 +224,8 @@ class _Follow:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         if not views or numbers.operand_batching_dims:
             return self.other("gather", operands)
-        shape, rank = shape_of_variable(eqn.invars[0]), len(shape_of_variable(eqn.outvars[0]))
+        shape, out = shape_of_variable(eqn.invars[0]), shape_of_variable(eqn.outvars[0])
+        rank = len(out)
         kept = [axis for axis in range(len(shape)) if axis not in numbers.collapsed_slice_dims]
         made = []
         for view in views:
@@ -197,12 +233,21 @@ class _Follow:
                 made.append(view)
                 continue
             axes: list[tuple[Atom, ...]] = [()] * rank
+            cut, picked = set(view.cut), set(view.picked)
             for place, axis in zip(numbers.offset_dims, kept, strict=True):
-                axes[place] = view.axes[axis] if sizes[axis] == shape[axis] else ()
-            picked = {a for axis in numbers.collapsed_slice_dims for a, _ in view.axes[axis]}
-            made.append(View(view.path, tuple(axes), view.picked | picked))
+                own = view.axes[axis]
+                axes[place] = own if sizes[axis] == shape[axis] else tuple((a, min(n, sizes[axis])) for a, n in own)
+                cut |= {a for a, _ in own} if sizes[axis] == 1 < shape[axis] else set()
+            gone = [a for axis in numbers.collapsed_slice_dims for a, _ in view.axes[axis]]
+            rows = [place for place in range(rank) if place not in numbers.offset_dims]
+            if indices == DATA or not rows:  # one entry for each example, or one entry
+                picked |= set(gone)
+            else:  # several entries, which stay an axis: a permutation, say
+                for place in rows:
+                    axes[place] = tuple((a, out[place]) for a in gone)
+            made.append(view._replace(axes=tuple(axes), picked=frozenset(picked), cut=frozenset(cut)))
         if indices == DATA:
-            tables = [view for view in made if view.axes is None or sum(map(bool, view.axes)) < 2]
+            tables = [view for view in made if view.axes is None or _long(view) < 2]
             self.note(tables, Use("looked up"))
             made = [view for view in made if view not in tables]
         return tuple(made) or DATA
@@ -233,16 +278,29 @@ class _Follow:
 
 def _product(view: View, roles: Sequence[str], groups: int = 1, spacing: int = 1) -> Use:
     """The use of a leaf whose view is multiplied with data, and of whose axes those are the roles."""
+    if view.rescales:
+        return Use("multiplied" if view.keeps_zero else "shaped")
     if view.axes is None:
         return Use("lost")
     found: dict[int, str] = dict.fromkeys(view.picked, "stack")
+    real = False
     for role, atoms in zip(roles, view.axes, strict=True):
         for axis, size in atoms:
+            if axis < 0:
+                continue
             if found.setdefault(axis, role) != role and size > 1:
                 if {found[axis], role} != {"stack", "out"}:
                     return Use("lost")
                 found[axis] = "out"  # a part of the axis counts, the other part remains: all of it remains
-    return Use("product", found, groups, spacing)
+            real = real or (size > 1 and role != "stack")
+    if not real:  # every entry meets one entry of the data, as in a product entry by entry
+        return Use("multiplied" if view.keeps_zero else "shaped")
+    return Use("product", found, groups, spacing, view.keeps_zero)
+
+
+def _long(view: View) -> int:
+    """How many axes are longer than 1."""
+    return sum(any(size > 1 for _, size in atoms) for atoms in view.axes or ())
 
 
 def _fits(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
@@ -275,6 +333,8 @@ def row_of(value: Value) -> Value:
     if not isinstance(value, tuple):
         return value
     return tuple(
-        view if view.axes is None else View(view.path, view.axes[1:], view.picked | {axis for axis, _ in view.axes[0]})
+        view
+        if view.axes is None
+        else view._replace(axes=view.axes[1:], picked=view.picked | {axis for axis, _ in view.axes[0]})
         for view in value
     )

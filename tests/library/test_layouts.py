@@ -60,6 +60,11 @@ def test_axes_are_told_by_word():
         ("blocks/mlp/w1", (12, 8, 4), None),
         ("DenseGeneral_0/kernel", (8, 2, 4), None),
         ("attn/qkv_einsum/w", (3, 3, 8, 4), None),
+        ("query/kernel", (4, 8, 16), None),  # a dense layer of that name under `nn.scan`, or attention's
+        ("block/out/kernel", (3, 8, 8), None),
+        ("stage/pwconv1/kernel", (3, 8, 32), None),
+        ("moe/w1", (8, 8, 8, 16), None),
+        ("layers/c2", (16, 16, 3, 3), None),
     ),
 )
 def test_names_and_shapes_tell_the_axes_or_nothing(path, shape, axes):
@@ -73,6 +78,8 @@ def test_names_and_shapes_tell_the_axes_or_nothing(path, shape, axes):
         ("layers/0/weight", (4, 8, 3, 3), "out in window window"),
         ("conv/weight", (4, 8, 5), "out in window"),
         ("layers/0/weight", (12, 4, 8), None),
+        ("cell/weight_ih", (48, 8), "out in"),
+        ("attention/in_proj_weight", (24, 8), "out in"),
     ),
 )
 def test_a_leaf_called_weight_is_laid_out_as_in_equinox(path, shape, axes):
@@ -81,7 +88,7 @@ def test_a_leaf_called_weight_is_laid_out_as_in_equinox(path, shape, axes):
 
 def test_what_neither_name_nor_shape_tells_is_an_error_that_asks():
     weights = {"mlp": {"w1": jnp.zeros((12, 8, 4))}}
-    says = r"'mlp/w1'.*sm.describe\(apply_fn, weights, example\).*axes=\{'mlp/w1': 'stack in out'\}"
+    says = r"'mlp/w1'.*sm.describe\(apply_fn, weights, example\).*axes=\{'mlp/w1': '...'\}.* for each of its 3 axes"
     for ask in (
         lambda: sm.init_scores(jax.random.key(0), weights),
         lambda: initializers.kaiming_normal(jax.random.key(0), weights),
@@ -112,6 +119,11 @@ def test_what_neither_name_nor_shape_tells_is_an_error_that_asks():
         ("conv/bias", (8, 1, 1)),
         ("attention/query/bias", (12, 4, 16)),
         ("state", (1, 1, 64)),
+        ("wte", (100, 64)),
+        ("blocks/b1", (12, 64)),
+        ("blocks/ln1/g", (12, 64)),
+        ("tok_emb.weight", (100, 64)),
+        ("ssm/A_log", (64, 16)),
     ),
 )
 def test_tables_tokens_scales_and_offsets_are_no_kernels_by_default(path, shape):
@@ -127,6 +139,10 @@ def test_tables_tokens_scales_and_offsets_are_no_kernels_by_default(path, shape)
         ("Dense_0/kernel", (1, 64)),
         ("mlp/gate_proj", (64, 128)),
         ("w1", (8, 4)),
+        ("normal_head/kernel", (8, 4)),
+        ("upscale_1", (8, 4)),
+        ("w_again", (8, 4)),
+        ("mlp.fc1.weight", (8, 4)),
         ("a", (1, 3)),
     ),
 )
@@ -210,6 +226,217 @@ def test_inspect_takes_shapes_and_names_alone():
     assert sm.inspect({"w": jnp.ones((80, 60))}).warnings == [] and "nothing to warn of" in str(
         sm.inspect({"w": jnp.ones((80, 60))})
     )
+
+
+# What networks do to their leaves on the way.
+
+
+X = jnp.ones((2, 5, 8))
+
+
+def shapes_of(**shapes):
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+
+
+def wide(scale):
+    return scale[None, None]
+
+
+def heads(p, x):
+    """Grouped queries: two heads of keys serve four of queries."""
+    k = jnp.einsum("btd,dhk->bthk", x, jnp.take(p["wk"], jnp.array([0, 0, 1, 1]), axis=1))
+    return jnp.einsum("bthk,hkd->btd", k, p["wo"])
+
+
+def fused(p, x):
+    """Queries of six heads, one key and one value in one kernel, sliced."""
+    parts = [jnp.einsum("btd,dhk->bthk", x, p["w"][:, start:stop]) for start, stop in ((6, 7), (7, 8), (0, 6))]
+    return jnp.concatenate(parts, axis=2)
+
+
+def gated_mlp(p, x):
+    up, gate = jnp.split(p["w"], 2, axis=1)
+    return (x @ up) * nn.sigmoid(x @ gate)
+
+
+def standardised(p, x):
+    w = p["w"]
+    return x @ ((w - w.mean(0, keepdims=True)) / w.std(0, keepdims=True))
+
+
+def weight_normalised(p, x):
+    return x @ (p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
+
+
+def picked_by_loop(p, x):
+    return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), x)
+
+
+def ragged(p, x):
+    return jax.lax.ragged_dot(x.reshape(-1, 8), p["w"], jnp.array([3, 7, 0]))
+
+
+CASES = {  # {name: (shapes, what the network does, {path: axes of a kernel}, {path of a gate})}
+    "a kernel with the name of a table": (
+        {"unembed": (8, 4), "embed/w": (8, 8), "patch_embed": (8, 8)},
+        lambda p, x: x @ p["embed/w"] @ p["patch_embed"] @ p["unembed"],
+        {"unembed": "in out", "embed/w": "in out", "patch_embed": "in out"},
+        (),
+    ),
+    "a kernel with the name of a scale": (
+        {"to_shift": (8, 8), "scale_proj": (8, 8), "norm_proj/kernel": (8, 4)},
+        lambda p, x: x @ p["to_shift"] @ p["scale_proj"] @ p["norm_proj/kernel"],
+        {"to_shift": "in out", "scale_proj": "in out", "norm_proj/kernel": "in out"},
+        (),
+    ),
+    "scales around 1, sigmoids and exponentials are no gates": (
+        {"scale": (8,), "gate": (8,), "logit_scale": (), "w": (8, 4)},
+        lambda p, x: (x * wide(1 + p["scale"]) * wide(nn.sigmoid(p["gate"])) * jnp.exp(p["logit_scale"])) @ p["w"],
+        {"w": "in out"},
+        (),
+    ),
+    "scales, gates behind tanh, and in einsums": (
+        {"a": (8,), "gate": (8,), "each": (8,), "heads": (2, 4), "w": (8, 4)},
+        lambda p, x: (
+            jnp.einsum(
+                "bthd,hd->bthd",
+                jnp.einsum("btd,d->btd", x * wide(p["a"]) * wide(jnp.tanh(p["gate"])), p["each"]).reshape(2, 5, 2, 4),
+                p["heads"],
+            ).reshape(2, 5, 8)
+            @ p["w"]
+        ),
+        {"w": "in out"},
+        ("a", "gate", "each", "heads"),
+    ),
+    "what rescales a kernel is none": (
+        {"g": (1, 4), "v": (8, 4), "s": ()},
+        lambda p, x: weight_normalised(p, x) * p["s"],
+        {"v": "in out"},
+        ("g", "s"),
+    ),
+    "a scalar times a kernel": (
+        {"s": (), "w": (8, 8), "v": (4, 8)},
+        lambda p, x: x @ (p["s"] * p["w"]) @ (p["s"] * p["v"]).T,
+        {"w": "in out", "v": "out in"},
+        ("s",),
+    ),
+    "a permutation": (
+        {"w": (8, 8)},
+        lambda p, x: x @ p["w"][:, np.arange(8)[::-1]] + x @ jnp.roll(p["w"], 1, 1),
+        {"w": "in out"},
+        (),
+    ),
+    "heads that are taken several times": (
+        {"wk": (8, 2, 4), "wo": (4, 4, 8)},
+        heads,
+        {"wk": "in out out", "wo": "in in out"},
+        (),
+    ),
+    "heads that are repeated": (
+        {"wk": (8, 2, 4)},
+        lambda p, x: jnp.einsum("btd,dhk->bthk", x, jnp.repeat(p["wk"], 2, axis=1)),
+        {"wk": "in out out"},
+        (),
+    ),
+    "a fused kernel, sliced": ({"w": (8, 8, 4)}, fused, {"w": "in out out"}, ()),
+    "a fused kernel, split": ({"w": (8, 12)}, gated_mlp, {"w": "in out"}, ()),
+    "the last column apart": (
+        {"w": (8, 17)},
+        lambda p, x: jnp.concatenate([x @ p["w"][:, -1:], x @ p["w"][:, :-1]], -1),
+        {"w": "in out"},
+        (),
+    ),
+    "one entry after the other": ({"w": (3, 8, 8)}, picked_by_loop, {"w": "stack in out"}, ()),
+    "layers by index": (
+        {"w": (3, 8, 8)},
+        lambda p, x: x @ p["w"][0] @ p["w"][1] @ p["w"][2],
+        {"w": "stack in out"},
+        (),
+    ),
+    "a row of its own for each group": ({"w": (3, 8, 16)}, ragged, {"w": "stack in out"}, ()),
+    "a kernel that is padded": (
+        {"w": (8, 3)},
+        lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 1))),
+        {"w": "in out"},
+        (),
+    ),
+    "a depthwise einsum": (
+        {"k": (3, 8)},
+        lambda p, x: jnp.einsum("bkc,kc->bc", x[:, :3], p["k"]),
+        {"k": "in out"},
+        (),
+    ),
+    "a low-rank addition": (
+        {"w": (8, 4), "a": (8, 2), "b": (2, 4)},
+        lambda p, x: x @ (p["w"] + p["a"] @ p["b"]),
+        {"w": "in out", "a": "in out", "b": "in out"},
+        (),
+    ),
+    "a constant that a kernel reads": (
+        {"w": (6, 8)},
+        lambda p, x: x + (np.ones((5, 6), np.float32) @ p["w"])[None],
+        {"w": "in out"},
+        (),
+    ),
+    "a convolution whose kernel the data modulates": (
+        {"conv/w": (3, 3, 8, 4)},
+        lambda p, x: jax.lax.conv_general_dilated(
+            jnp.ones((1, 6, 6, 8)),
+            p["conv/w"] * x[0, 0][None, None, :, None],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ),
+        {"conv/w": "window window in out"},
+        (),
+    ),
+    "a learned query": (
+        {"queries": (6, 8), "wq": (8, 8)},
+        lambda p, x: jnp.einsum("qd,btd->bqt", p["queries"] @ p["wq"], x),
+        {"wq": "in out"},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_leaves_are_followed_through_what_the_network_does_to_them(name):
+    shapes, network, kernels, gates = CASES[name]
+    layout = sm.describe(network, shapes_of(**shapes), X)
+    assert {path: " ".join(leaf.axes) for path, leaf in layout.items()} == kernels
+    assert {path for path, leaf in layout.leaves.items() if leaf.gate} == set(gates)
+    assert not any("several ways" in leaf.why for leaf in layout.values())
+
+
+@pytest.mark.parametrize(
+    "network, shapes, says",
+    (
+        (standardised, {"w": (8, 4)}, "w does not stay sparse"),
+        (
+            lambda p, x: x @ (p["w"] + p["a"] @ p["b"]),
+            {"w": (8, 4), "a": (8, 2), "b": (2, 4)},
+            "w does not stay sparse",
+        ),
+        (lambda p, x: x @ p["w"] @ p["w"].T, {"w": (8, 4)}, "w is multiplied in several ways"),
+        (lambda p, x: x @ jax.lax.sort(p["w"]), {"w": (8, 4)}, "w could not be followed to a product"),
+        (lambda p, x: x, {"w": (8, 4)}, "w is not used"),
+    ),
+)
+def test_what_a_trace_shows_to_be_doubtful_is_a_warning_of_inspect(network, shapes, says):
+    assert any(line.startswith(says) for line in sm.inspect(shapes_of(**shapes), network, X).warnings)
+
+
+def test_what_not_even_a_trace_tells_is_an_error_that_does_not_ask_for_one():
+    with pytest.raises(
+        ValueError, match=r"neither the network nor its name tells.*'w' \(2, 8, 4\).*or None if it is no"
+    ):
+        sm.describe(lambda p, x: x @ jax.lax.sort(p["w"])[0], shapes_of(w=(2, 8, 4)), X)
+
+
+def test_a_layout_says_what_may_learn_beside_the_scores():
+    weights = {"w": jnp.ones((8, 4)), "bias": jnp.ones(4), "steps": jnp.zeros(4, jnp.int32)}
+    layout = sm.describe(None, weights)
+    assert [path for path, leaf in by_path(weights).items() if layout.others(path, leaf)] == ["bias"]
 
 
 # The variance that a draw means, under the layout.

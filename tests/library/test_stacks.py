@@ -108,8 +108,8 @@ def test_a_stack_has_the_densities_of_its_layers_alone(share):
 
 
 def test_attention_and_equinox_have_the_densities_of_the_product_that_they_are():
-    flax = {"query/kernel": (32, 4, 8), "out/kernel": (4, 8, 32), "Conv_0/kernel": (3, 3, 16, 32)}
-    same = {"query/kernel": (32, 32), "out/kernel": (32, 32), "Conv_0/kernel": (3, 3, 16, 32)}
+    flax = {"attn/query/kernel": (32, 4, 8), "attn/out/kernel": (4, 8, 32), "Conv_0/kernel": (3, 3, 16, 32)}
+    same = {"attn/query/kernel": (32, 32), "attn/out/kernel": (32, 32), "Conv_0/kernel": (3, 3, 16, 32)}
     equinox = {"query/weight": (32, 32), "out/weight": (32, 32), "conv/weight": (32, 16, 3, 3)}
     for share in (densities.er, densities.erk):
         expected = share(same, 0.1)

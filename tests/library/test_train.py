@@ -333,7 +333,8 @@ def test_frozen_zeros_that_stop_what_comes_after_are_named(path, zeros):
     with pytest.warns(UserWarning, match=f"'{path}' is frozen at 0"):
         sm.init_state(start, optax.sgd(0.1), jax.random.key(2), learns="scores")
     sm.init_state(start, optax.sgd(0.1), jax.random.key(2), learns="weights")  # there it can learn
-    opened = sm.initializers.open_gates(weights)
+    opened = sm.initializers.open_gates(weights | {"temperature/scale": 0.0})
+    assert opened["temperature/scale"] == 1
     if path != "head/kernel":
         assert np.asarray(opened[path]).all()
         np.testing.assert_array_equal(np.asarray(opened[path])[zeros != 0], 1)
