@@ -239,8 +239,8 @@ def _warn_of_closed_gates(subnet: Subnet, learning: Mapping[str, Any]) -> None:
             else "set it to 1 with sm.initializers.open_gates, or let it learn: learns=('scores', where)"
         )
         warnings.warn(
-            f"{path!r} is frozen at 0: where the data is multiplied by it, nothing passes, and scores before and behind "
-            f"it never move; {way_out}",
+            f"{path!r} is frozen at 0: where the data is multiplied by it, nothing passes, and no score before or "
+            f"behind it moves; {way_out}",
             stacklevel=3,
         )
 
