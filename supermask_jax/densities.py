@@ -1,9 +1,9 @@
 """How many weights a density keeps, and how a density is divided among layers. Exact arithmetic on the host; no JAX.
 
 `random_masks` takes the layer densities. `shapes` is the `Layout` of the network, which `describe` makes; or
-{path: shape} of the prunable leaves, whose names then tell what the axes do: (height, width, in, out) and (in, out) as
-in Flax, or, of leaves called weight, (out, in, height, width) and (out, in). Each layer of a stack is a layer of its
-own; as they have one shape, they have one density.
+{path: shape} of the prunable leaves, in Flax's layouts: (height, width, in, out) and (in, out). Of Equinox's and
+PyTorch's layouts, only a `Layout` knows. Each layer of a stack is a layer of its own; as they have one shape, they have
+one density.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from supermask_jax.leaves import Leaf, leaf_of
+from supermask_jax.leaves import Leaf, flax_leaf
 
 Shapes = Mapping[str, tuple[int, ...]] | Mapping[str, Leaf] | Mapping[str, tuple[int, ...] | Leaf]
 
@@ -226,9 +226,8 @@ def _layers(shapes: Shapes) -> dict[str, tuple[int, tuple[int, ...]]]:
         shape = given.shape if isinstance(given, Leaf) else tuple(int(n) for n in given)
         if not shape or min(shape) < 1:
             raise ValueError(f"{path!r} has the shape {shape}: a layer has an axis, and weights")
-        leaf = leaf_of(path, given if isinstance(given, Leaf) else shape)
-        known = leaf is not None and len(shape) >= 2  # else its last two axes count as in and out
-        layers[path] = (leaf.size("stack"), leaf.layer_shape) if leaf and known else (1, shape)
+        leaf = given if isinstance(given, Leaf) else flax_leaf(path, shape) if len(shape) > 1 else None
+        layers[path] = (leaf.size("stack"), leaf.layer_shape) if leaf else (1, shape)
     return layers
 
 

@@ -158,7 +158,7 @@ def flax_fan_in(path: str, shape: tuple[int, ...]) -> int:
       path: the leaf's path: "Conv_0/kernel". Its names tell convolutions, attention and stacks.
       shape: the leaf's shape.
     """
-    return int(_as_flax(path, shape).fan_in)
+    return int(flax_leaf(path, shape).fan_in)
 
 
 def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
@@ -172,7 +172,7 @@ def flax_fan_out(path: str, shape: tuple[int, ...]) -> int:
       path: the leaf's path: "Conv_0/kernel". Its names tell convolutions, attention and stacks.
       shape: the leaf's shape.
     """
-    return int(_as_flax(path, shape).fan_out)
+    return int(flax_leaf(path, shape).fan_out)
 
 
 def equinox_fan_in(path: str, shape: tuple[int, ...]) -> int:
@@ -220,7 +220,13 @@ def _told(path: str, shape: tuple[int, ...]) -> Leaf:
     return leaf
 
 
-def _as_flax(path: str, shape: tuple[int, ...]) -> Leaf:
+def flax_leaf(path: str, shape: tuple[int, ...]) -> Leaf:
+    """Returns a kernel in Flax's layout; one of which neither name nor shape tells anything counts as a convolution's.
+
+    Args:
+      path: the leaf's path, whose names tell convolutions, attention and stacks.
+      shape: the leaf's shape.
+    """
     axes = flax_axes(path, shape) or ("window",) * (len(shape) - 2) + ("in", "out")
     return Leaf(path, tuple(shape), axes, "by its name")
 

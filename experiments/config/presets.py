@@ -46,20 +46,32 @@ MNIST: Recipes = {
     ("zhou", "bernoulli"): ZHOU,
 }
 
-# SGD with the weight decay and the random shift of He et al. 2016; not compared with other recipes yet.
-_CIFAR_WEIGHTS = {
-    "init": "kaiming-normal",
-    "learning_rate": 0.1,
-    "weight_decay": 1e-4,
-    "batch_size": 128,
-    "shift": 4,
-    "affine": True,
+# SGD with the weight decay, the random shift and the mirroring of He et al. 2016; not compared with other recipes yet.
+_CIFAR_IMAGES = {"batch_size": 128, "shift": 4, "flip": True}
+_CIFAR_WEIGHTS = {**_CIFAR_IMAGES, "init": "kaiming-normal", "weight_decay": 1e-4, "affine": True}
+_CIFAR_SCORES = {**_CIFAR_IMAGES, "weight_decay": 1e-4}
+_CIFAR_BERNOULLI = {**_CIFAR_IMAGES, "rescale": True, "learning_rate": 200.0}
+# The configurations of the released code of Ramanujan et al. 2020 (configs/smallscale): of edge-popup, of dense
+# training and of their version of Bernoulli supermasks.
+_CIFAR_PAPER = {**_CIFAR_IMAGES, "epochs": 100, "schedule": "cosine-epoch"}
+# Of pruning before training, as Wang et al. 2020 train (GraSP, CIFAR): 160 epochs, a tenth of the rate at 1/2 and 3/4.
+_CIFAR_PRUNED_PAPER = {
+    **_CIFAR_WEIGHTS,
+    "epochs": 160,
+    "schedule": "steps",
+    "drop_at": (0.5, 0.75),
+    "nesterov": True,
+    "weight_decay": 5e-4,
 }
-_CIFAR_SCORES = {"weight_decay": 1e-4, "batch_size": 128, "shift": 4}
 
 CIFAR: Recipes = {
-    **_best(_CIFAR_WEIGHTS, _CIFAR_SCORES),
-    ("best", "bernoulli"): {**_CIFAR_SCORES, "rescale": True, "learning_rate": 200.0, "weight_decay": 0.0},
+    **{("quick", method): settings for (_, method), settings in _best(_CIFAR_WEIGHTS, _CIFAR_SCORES).items()},
+    ("quick", "bernoulli"): _CIFAR_BERNOULLI,
+    ("paper", "edge-popup"): {**_CIFAR_PAPER, "weight_decay": 1e-4},
+    ("paper", "dense"): {**_CIFAR_WEIGHTS, **_CIFAR_PAPER, "learning_rate": 0.01},
+    ("paper", "bernoulli"): {**_CIFAR_PAPER, "learning_rate": 200.0, "init": "signed-deviation"},
+    ("paper", "random"): {**_CIFAR_PRUNED_PAPER, "distribution": "erk"},
+    **{("paper", name): {**_CIFAR_PRUNED_PAPER, "distribution": "global"} for name in SALIENCIES},
 }
 
 

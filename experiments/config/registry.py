@@ -52,19 +52,25 @@ DATASETS: Mapping[str, Entry] = {
     "fashion_mnist": Entry("experiments.data.mnist:fashion_mnist"),
     "kmnist": Entry("experiments.data.mnist:kmnist"),
     "cifar10": Entry("experiments.data.cifar:cifar10"),
+    "cifar100": Entry("experiments.data.cifar:cifar100"),
     "idx": Entry("experiments.data.mnist:idx"),
     "folder": Entry("experiments.data.folder:folder", reads=("stream",)),
 }
 
+_ZOO = "supermask_jax.models.zoo"
 MODELS: Mapping[str, Entry] = {
-    "convnet": Entry("supermask_jax.models.zoo:mnist_convnet", reads=("dropout",)),
-    "lenet-300-100": Entry("supermask_jax.models.zoo:lenet_300_100", reads=("biases", "dropout")),
-    "mlp": Entry("supermask_jax.models.zoo:mlp", reads=("width", "depth")),
-    "cnn": Entry("supermask_jax.models.zoo:cnn", reads=("width", "depth")),
+    "convnet": Entry(f"{_ZOO}:mnist_convnet", reads=("dropout",)),
+    "lenet-300-100": Entry(f"{_ZOO}:lenet_300_100", reads=("biases", "dropout")),
+    "mlp": Entry(f"{_ZOO}:mlp", reads=("width", "depth")),
+    "cnn": Entry(f"{_ZOO}:cnn", reads=("width", "depth")),
+    **{f"conv{depth}": Entry(f"{_ZOO}:conv_n", ("widen",), {"depth": depth}) for depth in (2, 4, 6, 8)},
     **{
-        f"resnet-{depth}": Entry("supermask_jax.models.zoo:cifar_resnet", ("affine",), {"depth": depth})
+        f"resnet-{depth}": Entry(f"{_ZOO}:cifar_resnet", ("affine", "widen"), {"depth": depth})
         for depth in (20, 32, 44, 56, 110)
     },
+    "resnet-18": Entry(f"{_ZOO}:small_resnet_18", ("affine", "widen")),
+    **{f"vgg-{depth}": Entry(f"{_ZOO}:vgg", ("affine", "widen"), {"depth": depth}) for depth in (11, 16, 19)},
+    **{f"wrn-{depth}": Entry(f"{_ZOO}:wide_resnet", ("affine", "widen"), {"depth": depth}) for depth in (16, 22, 28)},
 }
 
 SALIENCIES: Mapping[str, SaliencyEntry] = {
@@ -139,7 +145,7 @@ INITIALIZERS: Mapping[str, InitializerEntry] = {
 }
 
 OPTIMIZERS: Mapping[str, Entry] = {
-    "sgd": Entry("optax:sgd", reads=("momentum",)),
+    "sgd": Entry("optax:sgd", reads=("momentum", "nesterov")),
     "adam": Entry("optax:adam"),
     "rmsprop": Entry("optax:rmsprop", arguments={"decay": 0.99, "eps_in_sqrt": False}),  # as in PyTorch
 }

@@ -66,7 +66,8 @@ class Model:
 
     model: Literal[*MODELS] = "convnet"
     """The network. convnet and lenet-300-100 are the MNIST networks of the literature; mlp and cnn have --width and
-    --depth; resnet-20 to resnet-110 are those of CIFAR-10, with BatchNorm."""
+    --depth; conv2 to conv8, and with BatchNorm resnet-18 to resnet-110, vgg-11 to vgg-19 and wrn-16 to wrn-28 (WRN-22-2
+    is wrn-22 with --widen 2) are those of CIFAR-10."""
     width: int = 100
     """Units (mlp) or channels (cnn) of each hidden layer."""
     depth: int = 2
@@ -77,12 +78,19 @@ class Model:
     biases: bool = False
     """Biases in lenet-300-100. They are never pruned."""
     affine: bool = False
-    """Learned BatchNorm scales and biases in the ResNets. They learn where weights learn; edge-popup and bernoulli
+    """Learned BatchNorm scales and biases. They learn where weights learn; edge-popup and bernoulli
     leave them at 1 and 0."""
+    widen: float = 1.0
+    """Factor on the published widths of the networks of CIFAR-10."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        require(self, ("width", self.width >= 1, "1 or more"), ("depth", self.depth >= 1, "1 or more"))
+        require(
+            self,
+            ("width", self.width >= 1, "1 or more"),
+            ("depth", self.depth >= 1, "1 or more"),
+            ("widen", 0 < self.widen <= 64, "above 0, at most 64"),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,19 @@ class Optim:
     statistics, which leaves it out."""
     learning_rate: float = 0.1
     """At the start of training."""
-    schedule: Literal["cosine", "cosine-epoch", "constant"] = "cosine"
-    """How the learning rate falls to zero: at every step, once per epoch, or not at all."""
+    schedule: Literal["cosine", "cosine-epoch", "constant", "steps", "exponential"] = "cosine"
+    """How the learning rate falls. cosine, cosine-epoch: to zero, at every step or once per epoch. steps: to a tenth at
+    each of --drop-at. exponential: to --final-rate of itself, evenly at every step. constant: not at all."""
+    drop_at: tuple[float, ...] = ()
+    """Parts of the training, in (0, 1), at which the learning rate drops to a tenth; with --schedule steps."""
+    final_rate: float = 0.01
+    """The part of the learning rate that is left in the end; with --schedule exponential."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the learning rate rises evenly from zero. They are part of the training."""
+    nesterov: bool = False
+    """Nesterov's momentum in place of the plain one, for SGD."""
+    label_smoothing: float = 0.0
+    """The part of every label that is spread over all classes, in training."""
     optimizer: Literal[*OPTIMIZERS] = "sgd"
     """Weight decay is added to the gradient, for SGD and for Adam."""
     momentum: float = 0.9
@@ -123,8 +142,16 @@ class Optim:
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("learning_rate", 0 < self.learning_rate < float("inf"), "above 0, and finite"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("drop_at", all(0 < part < 1 for part in self.drop_at), "parts of the training, in (0, 1)"),
+            ("final_rate", 0 < self.final_rate <= 1, "in (0, 1]"),
+            ("warmup_epochs", 0 <= self.warmup_epochs <= MAX_EPOCHS, "0 or more epochs"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, and finite"),
         )
+        if bool(self.drop_at) != (self.schedule == "steps"):
+            raise UserError("--drop-at and --schedule steps go together: name the parts of the training, 0.5 0.75 say.")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov needs a --momentum above 0.")
 
 
 @dataclass(frozen=True)
@@ -133,10 +160,20 @@ class Augment:
 
     shift: int = 0
     """Training images are moved at random by up to so many pixels, each way."""
+    border: Literal["zero", "reflect"] = "zero"
+    """What moves in with --shift: black, or the mirrored border."""
+    flip: bool = False
+    """Mirror every other training image, left to right, at random."""
+    cutout: int = 0
+    """A square of so many pixels is set to black, at a random place of every training image."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        require(self, ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"))
+        require(
+            self,
+            ("shift", 0 <= self.shift <= 14, "in [0, 14] pixels"),
+            ("cutout", 0 <= self.cutout <= 64, "in [0, 64] pixels"),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +181,8 @@ class Data:
     """The images."""
 
     dataset: Literal[*DATASETS] = "auto"
-    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10: the files of its binary version.
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10, cifar100: the files of
+    their binary versions.
     idx: any set in MNIST's format. folder: image files in class folders, train/CLASS/* and test/CLASS/*."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""

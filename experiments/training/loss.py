@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.data.augment import normalise, random_shift
+from experiments.config.sections import Augment
+from experiments.data.augment import normalise, random_cutout, random_flip, random_shift
 from experiments.training.network import Network
 from supermask_jax import parallel
 
@@ -15,7 +16,8 @@ def make_loss(
     network: Network,
     mean: Sequence[float],
     std: Sequence[float],
-    shift: int = 0,
+    augment: Augment = Augment(),
+    label_smoothing: float = 0.0,
     temperature: float = 1.0,
     axis_name: str | None = None,
 ) -> Callable:
@@ -27,22 +29,38 @@ def make_loss(
     Args:
       network: what is trained.
       mean, std: of each channel, for pixels in [0, 1].
-      shift: pixels that each image is moved by at most, along each axis.
+      augment: how the images are changed at random.
+      label_smoothing: the part of every label that is spread over all classes.
       temperature: what the logits are divided by.
       axis_name: the axis of pmap, None under jit.
     """
 
     def loss_fn(params, model_state, batch, key):
-        dropout_key, shift_key = jax.random.split(key)
-        images = random_shift(shift_key, batch["image"], shift) if shift else batch["image"]
-        images = normalise(images, mean, std)
+        dropout_key, change_key = jax.random.split(key)
+        images = normalise(changed(change_key, batch["image"], augment), mean, std)
         logits, model_state = network.apply(params, model_state, images, train=True, key=dropout_key)
         losses, correct = losses_and_correct(logits / temperature, batch["label"])
+        if label_smoothing:
+            uniform = jnp.mean(-jax.nn.log_softmax(logits / temperature), axis=-1)
+            losses = (1 - label_smoothing) * losses + label_smoothing * uniform
         count = jnp.sum(batch["weight"])
         loss = parallel.weighted_mean(losses, batch["weight"], axis_name)
         return loss, (model_state, {"correct": jnp.sum(correct * batch["weight"]), "count": count})
 
     return loss_fn
+
+
+def changed(key: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
+    """Images [n, h, w, c], changed at random as the settings say; each change has a key of its own."""
+    if (
+        augment.shift
+    ):  # with this very key: settings that have only this change draw as they did before there were others
+        images = random_shift(key, images, augment.shift, augment.border)
+    if augment.flip:
+        images = random_flip(jax.random.fold_in(key, 1), images)
+    if augment.cutout:
+        images = random_cutout(jax.random.fold_in(key, 2), images, augment.cutout)
+    return images
 
 
 def losses_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,9 +5,18 @@ import optax
 from experiments.config.registry import OPTIMIZERS
 from experiments.config.sections import Optim
 
+DROP = 0.1  # what a learning rate is multiplied by at each of --drop-at
+
 
 def make_schedule(optim: Optim, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """step -> learning rate."""
+    """step -> learning rate. Of a warm-up, the rate is the schedule's times the part of it that is over."""
+    schedule, warmup = _without_warmup(optim, steps, steps_per_epoch), optim.warmup_epochs * steps_per_epoch
+    if not warmup:
+        return schedule
+    return lambda step: schedule(step) * optax.linear_schedule(1 / warmup, 1.0, max(round(warmup) - 1, 1))(step)
+
+
+def _without_warmup(optim: Optim, steps: int, steps_per_epoch: int) -> optax.Schedule:
     match optim.schedule:
         case "constant":
             return optax.constant_schedule(optim.learning_rate)
@@ -16,6 +25,14 @@ def make_schedule(optim: Optim, steps: int, steps_per_epoch: int) -> optax.Sched
         case "cosine-epoch":
             by_epoch = optax.cosine_decay_schedule(optim.learning_rate, max(steps // steps_per_epoch, 1))
             return lambda step: by_epoch(step // steps_per_epoch)
+        case "steps":
+            drops: dict[int, float] = {}
+            for part in optim.drop_at:
+                at = round(part * steps)
+                drops[at] = drops.get(at, 1.0) * DROP
+            return optax.piecewise_constant_schedule(optim.learning_rate, drops)
+        case "exponential":
+            return optax.exponential_decay(optim.learning_rate, steps, optim.final_rate)
     raise ValueError(f"there is no schedule {optim.schedule!r}")
 
 

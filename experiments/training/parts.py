@@ -97,13 +97,14 @@ class Parts:
 
     @cached_property
     def stepper(self) -> stepper.Stepper:
-        method, augment, placement = self.method, self.config.augment, self.placement
+        method, placement = self.method, self.placement
+        trained = {"augment": self.config.augment, "label_smoothing": self.config.optim.label_smoothing}
         options = {"learns": method.learns, "product": method.product}
         if self.config.machine.parallel == "pmap":
-            loss_fn = self.loss(self.network.on_axis(parallel.AXIS), shift=augment.shift, axis_name=parallel.AXIS)
+            loss_fn = self.loss(self.network.on_axis(parallel.AXIS), axis_name=parallel.AXIS, **trained)
             step = parallel.pmap_step(method.mask_fn, loss_fn, self.tx, devices=placement.size, donate=True, **options)
             return stepper.Pmapped(step, method.learns, self.dataset.train, placement)
-        step = sm.make_train_step(method.mask_fn, placement.loss(self.loss(shift=augment.shift)), self.tx, **options)
+        step = sm.make_train_step(method.mask_fn, placement.loss(self.loss(**trained)), self.tx, **options)
         calls = stepper.steps_per_call(self.initial[0])
         return stepper.make_stepper(step, method.learns, self.dataset.train, placement, calls)
 

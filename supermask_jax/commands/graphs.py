@@ -9,7 +9,8 @@ import numpy as np
 
 from supermask_jax.commands.answers import Failure
 from supermask_jax.commands.networks import Network
-from supermask_jax.models import MLP, CifarResNet, ConvNet, MnistConvNet, ResNet
+from supermask_jax.models import MLP, VGG, CifarResNet, ConvN, ConvNet, MnistConvNet, ResNet, WideCifarResNet
+from supermask_jax.models.conv import CONV_STAGES, VGG_STAGES, scaled
 from supermask_jax.origins import Leaves
 
 INPUT, OUTPUT, EPSILON = "images", "logits", 1e-5
@@ -64,6 +65,12 @@ def steps(network: Network) -> list[Step]:
             x = found.add("flatten", found.add("pool", x, window=2, stride=2, padding=0))
             image = (module.features[1], (h - 4) // 2, (w - 4) // 2)
             _dense_layers(found, x, [module.features[2], network.classes], image)
+        case ConvN():
+            _conv_n(found, module, network.classes, (h, w))
+        case VGG():
+            _vgg(found, module)
+        case WideCifarResNet():
+            _wide_resnet(found, module)
         case CifarResNet():
             _resnet(found, [(module.depth - 2) // 6] * 3, module.width)
         case ResNet():
@@ -130,12 +137,51 @@ def _convnet(found: _Steps, channels: tuple[int, ...], classes: int, size: tuple
     _dense_layers(found, x, [classes], (channels[-1], h // window, w // window))
 
 
+def _conv_n(found: _Steps, module: ConvN, classes: int, size: tuple[int, int]) -> None:
+    (h, w), x, channels = size, INPUT, 0
+    for i in range(module.depth):
+        x = found.add("relu", found.add("conv", x, layer=f"Conv_{i}", stride=1, padding=1))
+        if i % 2:
+            x, h, w = found.add("pool", x, window=2, stride=2, padding=0), h // 2, w // 2
+        channels = scaled(CONV_STAGES[i // 2], module.widen)
+    hidden = scaled(256, module.widen)
+    _dense_layers(found, found.add("flatten", x), [hidden, hidden, classes], (channels, h, w))
+
+
+def _vgg(found: _Steps, module: VGG) -> None:
+    x = INPUT
+    for stage, layers in enumerate(VGG_STAGES[module.depth]):
+        for i in range(layers):
+            name = f"stage_{stage}_conv_{i}"
+            x = found.add("conv", x, layer=name, stride=1, padding=1)
+            x = found.add("relu", found.add("norm", x, layer=f"{name}_norm"))
+        x = found.add("pool", x, window=2, stride=2, padding=0)
+    found.add("dense", found.add("mean", x), layer="dense")
+
+
+def _wide_resnet(found: _Steps, module: WideCifarResNet) -> None:
+    x, channels = found.add("conv", INPUT, layer="conv", stride=1, padding=1), 16
+    for stage in range(3):
+        out = scaled(16 * 2**stage, module.widen)
+        for i in range((module.depth - 4) // 6):
+            name, stride = f"stage_{stage}_block_{i}", 2 if stage and not i else 1
+            y = found.add("relu", found.add("norm", x, layer=f"{name}/norm_0"))
+            if channels != out or stride != 1:
+                x = found.add("conv", y, layer=f"{name}/shortcut", stride=stride, padding=0)
+            y = found.add("conv", y, layer=f"{name}/conv_0", stride=stride, padding=1)
+            y = found.add("relu", found.add("norm", y, layer=f"{name}/norm_1"))
+            x, channels = found.add("add", x, found.add("conv", y, layer=f"{name}/conv_1", stride=1, padding=1)), out
+    x = found.add("relu", found.add("norm", x, layer="norm"))
+    found.add("dense", found.add("mean", x), layer="dense")
+
+
 def _resnet(found: _Steps, blocks: list[int], width: int, large: ResNet | None = None) -> None:
-    """The steps of a ResNet for CIFAR, or of one for `large` images."""
-    stride, size = (1, 3) if large is None else (2, 7)
+    """The steps of a ResNet for CIFAR, or of one that has `large` ones' blocks, and mostly their first layers."""
+    small = large is None or large.small
+    stride, size = (1, 3) if small else (2, 7)
     x = found.add("conv", INPUT, layer="conv", stride=stride, padding=size // 2)
     x = found.add("relu", found.add("norm", x, layer="norm"))
-    if large is not None:
+    if not small:
         x = found.add("pool", x, window=3, stride=2, padding=1)
     channels = width
     for stage, count in enumerate(blocks):

@@ -19,10 +19,15 @@ TABLE: dict[str, tuple[Callable[..., zoo.Architecture], dict[str, type]]] = {
     "lenet_300_100": (zoo.lenet_300_100, {"biases": bool, "dropout": bool}),
     "mlp": (zoo.mlp, {"width": int, "depth": int}),
     "cnn": (zoo.cnn, {"width": int, "depth": int}),
-    "cifar_resnet": (zoo.cifar_resnet, {"depth": int, "affine": bool}),
+    "conv_n": (zoo.conv_n, {"depth": int, "widen": float}),
+    "vgg": (zoo.vgg, {"depth": int, "widen": float, "affine": bool}),
+    "wide_resnet": (zoo.wide_resnet, {"depth": int, "widen": float, "affine": bool}),
+    "small_resnet_18": (zoo.small_resnet_18, {"widen": float, "affine": bool}),
+    "cifar_resnet": (zoo.cifar_resnet, {"depth": int, "widen": float, "affine": bool}),
     "resnet_18": (zoo.resnet_18, {"affine": bool}),
     "resnet_50": (zoo.resnet_50, {"affine": bool}),
 }
+WIDEST = 64  # factor on the widths of a network
 LARGEST = 2**16  # height, width and channels of an image, and widths of layers
 
 
@@ -67,6 +72,7 @@ def build(loaded: Loaded, file: Any) -> Network:
             raise Failure(f"{file} gives {name} an argument that it does not take: {option} = {value!r}")
     classes, depth = about.get("classes"), arguments.get("depth", 1)
     fine = all(_is_size(size) for size in (classes, arguments.get("width", 1), depth))
+    fine = fine and 0 < arguments.get("widen", 1.0) <= WIDEST
     if not isinstance(classes, int) or not fine or depth > len(loaded.weights) + 2:
         raise Failure(f"{file} holds other weights than those of {name} with {arguments} and {classes!r} classes")
     shape = _image_shape(about, file)

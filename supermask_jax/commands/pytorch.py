@@ -8,7 +8,7 @@ from supermask_jax.commands import files
 from supermask_jax.commands.answers import Failure
 from supermask_jax.commands.graphs import Step, torch_name
 from supermask_jax.commands.networks import Network
-from supermask_jax.models import CifarResNet, ResNet
+from supermask_jax.models import CifarResNet, ResNet, WideCifarResNet
 from supermask_jax.origins import Leaves
 
 MADE = "# Made by `python -m supermask_jax export`."
@@ -92,6 +92,8 @@ def module_text(network: Network, graph: list[Step], arrays: Leaves) -> str:
     """
     h, w, c = network.image_shape
     numbers = {"c": c, "h": h, "w": w, "classes": network.classes}
+    if isinstance(network.module, WideCifarResNet):
+        raise Failure("there is no module of a wide ResNet for PyTorch: export it --to onnx, safetensors or npz")
     if isinstance(network.module, CifarResNet | ResNet):
         template = Path(__file__).with_name("pytorch_resnet.py").read_text()
         body = template + RESNET.format(**numbers, arguments=_resnet_arguments(network))
@@ -118,6 +120,11 @@ def _layer(step: Step, arrays: Leaves) -> str:
             return f"nn.Linear({inside}, {out}, bias={bias})"
         case "pool":
             return f"nn.MaxPool2d({numbers['window']})"
+        case "norm":
+            channels = arrays[f"{name}.running_mean"].shape[0]
+            return f"nn.BatchNorm2d({channels}, affine={f'{name}.weight' in arrays})"
+        case "mean":
+            return "nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())"
         case kind:
             return {"relu": "nn.ReLU()", "flatten": "nn.Flatten()"}[kind]
 
@@ -132,6 +139,6 @@ def _resnet_arguments(network: Network) -> str:
         assert isinstance(module, ResNet)
         inner = module.width * (module.widen if module.bottleneck else 1)
         arguments |= {"blocks": list(module.blocks), "width": module.width, "inner": inner}
-        arguments |= {"expansion": 4 if module.bottleneck else 1, "large": True}
+        arguments |= {"expansion": 4 if module.bottleneck else 1, "large": True, "small_images": module.small}
     arguments["affine"] = module.affine
     return "\n" + "".join(f"            {name}={value!r},\n" for name, value in arguments.items()) + " " * 8

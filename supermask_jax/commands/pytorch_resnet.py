@@ -38,8 +38,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet; [n, c, h, w] -> [n, classes] logits.
 
-    For small images the first convolution is 3x3 and shortcuts have no weights. For large ones it is 7x7 with stride 2
-    and a max-pool, and shortcuts are projections.
+    A large one has projections as shortcuts, and its first convolution is 7x7 with stride 2 and a max-pool, unless it
+    is made for small images. Otherwise the first convolution is 3x3, and shortcuts have no weights.
     """
 
     def __init__(
@@ -52,12 +52,14 @@ class ResNet(nn.Module):
         expansion: int,
         large: bool,
         affine: bool,
+        small_images: bool = False,
     ):
         super().__init__()
-        size, stride = (7, 2) if large else (3, 1)
+        shrinks = large and not small_images
+        size, stride = (7, 2) if shrinks else (3, 1)
         self.conv = nn.Conv2d(image_channels, width, size, stride, size // 2, bias=False)
         self.norm = nn.BatchNorm2d(width, affine=affine)
-        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        self.pool = nn.MaxPool2d(3, 2, 1) if shrinks else nn.Identity()
         self.blocks = [f"stage_{stage}_block_{i}" for stage, count in enumerate(blocks) for i in range(count)]
         channels = width
         for name in self.blocks:

@@ -56,9 +56,9 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet for images of about 224 x 224; [n, h, w, 3] -> [n, classes] logits.
 
-    conv 7x7 with stride 2, max-pool 3x3 with stride 2, the stages, mean over all pixels, dense `classes`. Stage i has
-    `blocks[i]` blocks `width * 2**i` wide (a bottleneck's output four times that); all but the first halve the image.
-
+    conv 7x7 with stride 2, max-pool 3x3 with stride 2 (for `small` images, conv 3x3 alone), the stages, mean over all
+    pixels, dense `classes`. Stage i has `blocks[i]` blocks `width * 2**i` wide (a bottleneck's output four times that);
+    all but the first halve the image.
     With train=True batches are normalised by their own statistics, and "batch_stats" must be mutable; otherwise by the
     running ones.
 
@@ -71,6 +71,7 @@ class ResNet(nn.Module):
       axis_name: under pmap, the axis whose devices normalise together (`parallel.AXIS`); None under jit, where a
         batch on a mesh is normalised as a whole anyway.
       affine: whether every BatchNorm has a learned scale, 1 at the start, and a bias, 0 at the start.
+      small: whether images are about 32 x 32, as CIFAR's: then the first layers do not shrink them.
 
     Source: He et al. 2016, table 1.
     """
@@ -82,11 +83,14 @@ class ResNet(nn.Module):
     widen: int = 1
     axis_name: str | None = None
     affine: bool = False
+    small: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = _norm(train, self.axis_name, self.affine, "norm")(_conv(self.width, 7, 2, "conv")(x))
-        x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        stem = _conv(self.width, 3, 1, "conv") if self.small else _conv(self.width, 7, 2, "conv")
+        x = nn.relu(_norm(train, self.axis_name, self.affine, "norm")(stem(x)))
+        if not self.small:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.blocks):
             width = self.width * 2**stage
             out, inner = (4 * width, width * self.widen) if self.bottleneck else (width, None)

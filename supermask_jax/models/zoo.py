@@ -6,7 +6,9 @@ import flax.linen as nn
 
 from supermask_jax.models import resnet
 from supermask_jax.models.cifar_resnet import CifarResNet
+from supermask_jax.models.conv import VGG, ConvN, scaled
 from supermask_jax.models.mnist import MLP, ConvNet, LeNet300100, MnistConvNet
+from supermask_jax.models.wide_resnet import WideCifarResNet
 
 
 class Architecture(NamedTuple):
@@ -73,12 +75,77 @@ def cnn(classes: int, *, width: int = 100, depth: int = 2) -> Architecture:
     return Architecture(ConvNet(classes, channels=_sizes(width, depth)), "Conv_0/kernel", "Dense_0/kernel")
 
 
-def cifar_resnet(classes: int, *, depth: int = 20, affine: bool = False) -> Architecture:
+def conv_n(classes: int, *, depth: int = 4, widen: float = 1.0) -> Architecture:
+    """Conv2, Conv4, Conv6 or Conv8 for images of about 32 x 32, without biases and BatchNorm.
+
+    Args:
+      classes: the number of logits.
+      depth: of convolutions: 2, 4, 6 or 8.
+      widen: factor on the widths of all layers but the last.
+
+    Raises:
+      ValueError: when the network is initialised, another depth.
+
+    Source: Frankle & Carbin 2019, figure 2; Ramanujan et al. 2020, section 4.
+    """
+    return Architecture(ConvN(classes, depth=depth, widen=widen), "Conv_0/kernel", "Dense_2/kernel")
+
+
+def vgg(classes: int, *, depth: int = 16, widen: float = 1.0, affine: bool = False) -> Architecture:
+    """VGG-11, 16 or 19 with BatchNorm for images of 32 x 32, without biases.
+
+    Args:
+      classes: the number of logits.
+      depth: 11, 16 or 19.
+      widen: factor on the widths of all convolutions.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Raises:
+      ValueError: when the network is initialised, another depth.
+
+    Source: Simonyan & Zisserman 2015, table 1.
+    """
+    module = VGG(classes, depth=depth, widen=widen, affine=affine)
+    return Architecture(module, "stage_0_conv_0/kernel", "dense/kernel")
+
+
+def wide_resnet(classes: int, *, depth: int = 22, widen: float = 2.0, affine: bool = False) -> Architecture:
+    """A wide ResNet for images of about 32 x 32, without biases.
+
+    Args:
+      classes: the number of logits.
+      depth: 6 n + 4 layers; 16, 22, 28 and 40 are published.
+      widen: factor on the widths of the stages: 2 of WRN-22-2.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Raises:
+      ValueError: when the network is initialised, the depth is not 6 n + 4.
+
+    Source: Zagoruyko & Komodakis 2016, table 1.
+    """
+    return _resnet(WideCifarResNet(classes, depth=depth, widen=widen, affine=affine))
+
+
+def small_resnet_18(classes: int, *, widen: float = 1.0, affine: bool = False) -> Architecture:
+    """ResNet-18 for images of about 32 x 32, whose first layers do not shrink them; without biases.
+
+    Args:
+      classes: the number of logits.
+      widen: factor on the widths of all layers.
+      affine: whether BatchNorm has a learned scale and bias, as published.
+
+    Source: He et al. 2016, table 1; the first layers as in the pruning literature on CIFAR.
+    """
+    return _resnet(resnet.ResNet18(classes, width=scaled(64, widen), affine=affine, small=True))
+
+
+def cifar_resnet(classes: int, *, depth: int = 20, widen: float = 1.0, affine: bool = False) -> Architecture:
     """A ResNet for images of about 32 x 32, without biases.
 
     Args:
       classes: the number of logits.
       depth: 6 n + 2 layers, for n blocks in each of three stages; 20, 32, 44, 56 and 110 are published.
+      widen: factor on the published widths of 16, 32 and 64 channels.
       affine: whether BatchNorm has a learned scale and bias, as published.
 
     Raises:
@@ -86,7 +153,7 @@ def cifar_resnet(classes: int, *, depth: int = 20, affine: bool = False) -> Arch
 
     Source: He et al. 2016, section 4.2.
     """
-    return _resnet(CifarResNet(classes, depth=depth, affine=affine))
+    return _resnet(CifarResNet(classes, depth=depth, width=scaled(16, widen), affine=affine))
 
 
 def resnet_18(classes: int, *, affine: bool = False) -> Architecture:

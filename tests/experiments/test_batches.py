@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import load as data
-from experiments.data.augment import normalise, random_shift
+from experiments.data.augment import normalise, random_cutout, random_flip, random_shift
 from experiments.data.batches import class_sample, epoch_order, hold_out, in_batches
 from experiments.data.source import Arrays, Dataset, arrays_dataset
 from experiments.run.errors import DataError
@@ -221,3 +221,30 @@ def test_a_normalised_training_set_has_mean_0_and_deviation_1_in_each_channel():
     got = np.asarray(normalise(jnp.asarray(whole.train.images), whole.mean, whole.std))
     np.testing.assert_allclose(got.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(got.std((0, 1, 2)), 1, rtol=1e-5)
+
+
+def test_a_mirrored_border_moves_in_where_it_is_asked_for():
+    image = jnp.arange(1, 26).reshape(5, 5, 1).astype(jnp.uint8)
+    moved = np.asarray(random_shift(jax.random.key(0), jnp.stack([image] * 200), 2, "reflect"))
+    assert moved.min() > 0 and len(np.unique(moved, axis=0)) == 25
+    wide = np.pad(np.asarray(image[..., 0]), 2, mode="reflect")
+    windows = {wide[i : i + 5, j : j + 5].tobytes() for i in range(5) for j in range(5)}
+    assert {one[..., 0].tobytes() for one in moved} == windows
+
+
+def test_half_of_the_images_are_mirrored_and_the_others_are_as_they_were():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (400, 3, 4, 2)), jnp.uint8)
+    flipped = np.asarray(random_flip(jax.random.key(0), images))
+    same = (flipped == images).all(axis=(1, 2, 3))
+    mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all() and 0.4 < mirrored.mean() < 0.6 and flipped.dtype == np.uint8
+
+
+def test_cutout_sets_a_square_around_any_pixel_to_black():
+    images = jnp.full((300, 8, 10, 3), 7, jnp.uint8)
+    cut = np.asarray(random_cutout(jax.random.key(0), images, 4)) == 0
+    assert (cut.all(axis=3) == cut.any(axis=3)).all()
+    rows, columns = cut[..., 0].any(axis=2).sum(axis=1), cut[..., 0].any(axis=1).sum(axis=1)
+    assert (cut[..., 0].sum(axis=(1, 2)) == rows * columns).all()
+    assert rows.max() == columns.max() == 4 and rows.min() == columns.min() == 2, "part of it may lie outside"
+    assert cut[..., 0].any(axis=0).all()

@@ -253,3 +253,48 @@ def test_an_archive_in_which_a_link_stands_for_a_file_reads_nothing_outside_it(t
     write(tmp_path / "data", {ARCHIVE: gzip.compress(stream.getvalue())})
     with pytest.raises(DataError, match="cannot read"):
         data.load("cifar10", tmp_path / "data")
+
+
+def fine_and_coarse(seed=0):
+    """{file: bytes} of a CIFAR-100 of noise: the coarse label, the fine one, and the pixels; each class as often."""
+    rng = np.random.default_rng(seed)
+    files = {}
+    for file, size in zip(cifar.CIFAR_100.files, (5, 1), strict=True):
+        records = rng.integers(0, 256, (size * 100, 3074), np.uint8)
+        records[:, 0], records[:, 1] = rng.integers(0, 20, len(records)), rng.permutation(np.arange(len(records)) % 100)
+        files[file] = records.tobytes()
+    return files
+
+
+@pytest.mark.parametrize("folder", ["cifar100", "cifar-100-binary", "cifar100/cifar-100-binary", ""])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_100_has_its_fine_labels(tmp_path, monkeypatch, folder, packed):
+    monkeypatch.setattr(cifar, "RECORDS", 100)
+    files = fine_and_coarse()
+    archive = {cifar.CIFAR_100.archive: archived(files, "cifar-100-binary")}
+    write(tmp_path / folder, archive if packed else files)
+    got = data.load("cifar100", tmp_path)
+    assert (got.name, got.classes, len(got.train), len(got.test)) == ("cifar100", 100, 500, 100)
+    for split, content in ((got.train, files["train.bin"]), (got.test, files["test.bin"])):
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3074)
+        np.testing.assert_array_equal(split.labels, records[:, 1])
+        np.testing.assert_array_equal(split.images.transpose(0, 3, 1, 2).reshape(len(records), -1), records[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c[:-1], "no file of CIFAR-100: .* not a multiple of a record's 3074"),
+        (lambda c: c[:1] + bytes([100]) + c[2:], "label 100; labels must be 0 to 99"),
+        (
+            lambda c: c[:1] + bytes([(c[1] + 1) % 100]) + c[2:],
+            "hold 0 to 2 images of the classes 0 to 99|as many of each",
+        ),
+    ],
+)
+def test_a_damaged_file_of_cifar_100_is_refused(tmp_path, monkeypatch, damage, message):
+    monkeypatch.setattr(cifar, "RECORDS", 100)
+    files = fine_and_coarse()
+    write(tmp_path, files | {"test.bin": damage(files["test.bin"])})
+    with pytest.raises(DataError, match=message):
+        data.load("cifar100", tmp_path)

@@ -104,7 +104,7 @@ class Small(nn.Module):
         return nn.Dense(self.classes, use_bias=False, name="dense")(norm(x))
 
 
-def small(classes, *, affine, depth):
+def small(classes, *, affine, depth, widen):
     return zoo.Architecture(Small(classes, affine), "conv/kernel", "dense/kernel")
 
 

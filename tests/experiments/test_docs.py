@@ -85,6 +85,7 @@ def test_the_page_about_own_models_runs_and_shows_what_inspect_prints(capsys):
     assert sm.density(sm.edge_popup(0.5)(names["average"])) == 0.5
 
 
+@pytest.mark.slow
 def test_the_saliency_of_the_page_scores_by_the_gradient(extending):
     names, kernel = extending, ("Dense_0", "kernel")
     scores = names["gradient_magnitude"](names["loss_fn"], names["weights"], names["batch"])
@@ -101,6 +102,7 @@ def test_the_saliency_of_the_page_scores_by_the_gradient(extending):
     assert sm.density(names["masks"]) == pytest.approx(0.1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_data_set_and_the_model_of_the_page_fit(extending):
     dataset = extending["stripes"](None)
     assert (dataset.classes, dataset.image_shape) == (2, (28, 28, 1))

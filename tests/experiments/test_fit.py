@@ -26,6 +26,7 @@ from experiments.run.workdir import Workdir
 from experiments.training import fit as fitting
 from experiments.training import methods
 from experiments.training.evaluation import Split
+from experiments.training.loss import make_loss
 from experiments.training.optimizer import make_optimizer, make_schedule
 from experiments.training.parts import Parts
 from experiments.training.stepper import OnDevice, Streamed
@@ -111,6 +112,7 @@ def test_rigl_is_given_the_very_batch_that_the_last_step_used(tmp_path, monkeypa
     assert given[2][1]["weight"].tolist() == [1] * 4 + [0] * 4
 
 
+@pytest.mark.slow
 def test_at_one_step_masks_change_then_are_evaluated_then_are_saved_then_training_stops(tmp_path, monkeypatch):
     seen, append, save = [], Workdir.append, fitting.Checkpoints.save
     build = methods.sparse_evolutionary
@@ -250,6 +252,64 @@ def test_every_optimizer_starts_at_the_learning_rate(optimizer):
     tx = make_optimizer(optim, schedule)
     updates, _ = tx.update(jnp.float32(1), tx.init(jnp.float32(1)), jnp.float32(1))
     np.testing.assert_allclose(updates, -0.3, rtol=1e-5)
+
+
+def test_steps_drop_to_a_tenth_at_the_parts_that_are_named_and_exponential_decay_ends_at_its_part():
+    steps = make_schedule(changed(CONFIG, learning_rate=0.4, schedule="steps", drop_at=(0.5, 0.75)).optim, 40, 10)
+    rates = [float(steps(step)) for step in (0, 19, 21, 29, 31, 39)]
+    np.testing.assert_allclose(rates, [0.4, 0.4, 0.04, 0.04, 0.004, 0.004], rtol=1e-6)
+    decay = changed(CONFIG, learning_rate=0.4, schedule="exponential", final_rate=0.01).optim
+    np.testing.assert_allclose(
+        [make_schedule(decay, 40, 10)(step) for step in (0, 20, 40)], [0.4, 0.04, 0.004], rtol=1e-6
+    )
+
+
+def test_a_warm_up_rises_evenly_and_then_the_schedule_is_as_without():
+    plain = make_schedule(changed(CONFIG, learning_rate=0.4).optim, 100, 10)
+    warm = make_schedule(changed(CONFIG, learning_rate=0.4, warmup_epochs=0.5).optim, 100, 10)
+    np.testing.assert_allclose([warm(t) / plain(t) for t in range(7)], [0.2, 0.4, 0.6, 0.8, 1, 1, 1], rtol=1e-6)
+
+
+def test_nesterov_looks_ahead():
+    optim = changed(CONFIG, momentum=0.9, nesterov=True).optim
+    tx = make_optimizer(optim, optax.constant_schedule(0.1))
+    updates, _ = tx.update(jnp.float32(1), tx.init(jnp.float32(1)), jnp.float32(1))
+    np.testing.assert_allclose(updates, -0.1 * 1.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    (
+        ({"drop_at": (0.5,)}, "--drop-at and --schedule steps go together"),
+        ({"schedule": "steps"}, "--drop-at and --schedule steps go together"),
+        ({"schedule": "steps", "drop_at": (0.5, 1.0)}, r"drop.at.*in \(0, 1\)"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum above 0"),
+        ({"label_smoothing": 1.0}, r"label.smoothing.*in \[0, 1\)"),
+        ({"warmup_epochs": -1.0}, "warmup.epochs.*0 or more"),
+    ),
+)
+def test_settings_of_the_optimizer_that_cannot_be_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        changed(CONFIG, **settings).check()
+
+
+def test_smoothed_labels_are_a_mixture_with_all_classes():
+    rng = np.random.default_rng(0)
+    batch = {"image": np.zeros((6, 2, 2, 1), np.uint8), "label": np.arange(6) % 3, "weight": np.ones(6, np.float32)}
+    logits = rng.normal(size=(6, 3)).astype(np.float32)
+
+    class Fixed:
+        def apply(self, params, state, images, *, train, key):
+            return params, state
+
+    def loss(smoothing):
+        return float(
+            make_loss(Fixed(), (0.0,), (1.0,), label_smoothing=smoothing)(logits, None, batch, jax.random.key(0))[0]
+        )
+
+    target = 0.9 * np.eye(3)[batch["label"]] + 0.1 / 3
+    expected = -(target * np.asarray(jax.nn.log_softmax(logits))).sum(-1).mean()
+    assert loss(0.1) == pytest.approx(expected, rel=1e-5) and loss(0.0) != pytest.approx(expected, rel=1e-3)
 
 
 # The work directory.

@@ -164,6 +164,7 @@ def test_layers_ranked_as_one_get_the_mask_of_a_sort_of_all(scores, within, draw
     assert_equal(masks, highest_of_all(scores, count, within))
 
 
+@pytest.mark.slow
 @fuzz(100)
 @given(TREES, st.fixed_dictionaries(dict.fromkeys(LAYERS, DENSITIES)))
 def test_densities_keep_their_exact_counts_in_each_layer(scores, densities):
@@ -211,6 +212,7 @@ def test_any_nan_anywhere_raises_outside_jit_whatever_the_density(scores, drawn)
 HUGE = 20_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "shape", "count"),
     [

@@ -32,7 +32,10 @@ LIBRARIES = {
 # at once; these are the only others.
 LATE = {
     # Rooms of data must stay light: most commands read one set, and need none of what another one takes.
-    "data/augment.py": {"random_shift": {"jax", "jax.numpy"}, "normalise": {"jax.numpy"}},
+    "data/augment.py": {
+        **{name: {"jax", "jax.numpy"} for name in ("random_shift", "random_flip", "random_cutout")},
+        "normalise": {"jax.numpy"},
+    },
     "data/batches.py": {"epoch_order": {"jax"}, "class_sample": {"jax"}},
     "data/folder.py": {"_pillow": {"PIL"}},
     "data/tfds.py": "any",

@@ -139,6 +139,7 @@ def test_weights_are_never_trained_and_masks_are_zero_or_one(method):
 # The files.
 
 
+@pytest.mark.slow
 def test_a_further_task_changes_no_earlier_mask_and_gives_the_bits_of_a_run_that_had_it_from_the_start(three, tmp_path):
     folder, summary = three
     many_tasks.main(small(tmp_path, tasks=2))

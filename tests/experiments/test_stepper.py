@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 import supermask_jax as sm
-from experiments.config.sections import Init, Model
+from experiments.config.sections import Augment, Init, Model
 from experiments.data.batches import epoch_order
 from experiments.data.folder import folder
 from experiments.data.source import Arrays
@@ -61,7 +61,7 @@ def method_of(name):
 def made(name="fixed", learning_rate=0.1, axis_name=None):
     """(the method, a train step, the state before it) of a small network: fixed masks, or edge-popup."""
     net, method = drawn()[0], method_of(name)
-    loss_fn, tx = make_loss(net, MEAN, STD, shift=1, axis_name=axis_name), optax.sgd(learning_rate, 0.9)
+    loss_fn, tx = make_loss(net, MEAN, STD, Augment(shift=1), axis_name=axis_name), optax.sgd(learning_rate, 0.9)
     if axis_name:
         step = parallel.pmap_step(method.mask_fn, loss_fn, tx, devices=1, donate=True, learns=method.learns)
     else:

@@ -54,7 +54,7 @@ def evaluate(file, **settings):
     return stored.evaluate(changed(Config(), evaluate=str(file), **settings))
 
 
-QUICK = ("edge-popup", "dense")
+QUICK = ("dense",)
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
@@ -104,6 +104,7 @@ def normalised(classes):
     return zoo.Architecture(Normalised(classes), "dense/kernel", "dense/kernel")
 
 
+@pytest.mark.slow
 def test_batch_statistics_come_back(tmp_path, opened, monkeypatch):
     monkeypatch.setitem(MODELS, "normalised", Entry(f"{__name__}:normalised"))
     summary = fit(tmp_path, "edge-popup", model="normalised")

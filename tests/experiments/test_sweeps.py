@@ -251,6 +251,7 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     elsewhere |= {"devices", "parallel", "shard_scores"}  # ... nor what it is trained on
     elsewhere |= {"coordinator", "num_processes", "process_id"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
+    others[tuple] = lambda v: (*v, 0.5)
 
     def directory(**settings):
         return default_path(Settings(flat(changed(base, **settings)), neutral(Run)), "cells").name
@@ -258,7 +259,8 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     names = {directory()}
     for field in fields(Run):
         value = flat(base)[field.name]
-        choices = [v for v in getattr(field.type, "__args__", ()) if v != value and v is not type(None)]
+        choices = [] if type(value) is tuple else getattr(field.type, "__args__", ())
+        choices = [v for v in choices if v != value and v is not type(None)]
         if field.name in elsewhere:
             other = {"preset": "tutorial", "parallel": "pmap"}.get(field.name, 8)
             assert directory(**{field.name: other}) in names
@@ -614,6 +616,7 @@ except SystemExit as stopped:
     assert first_line.split(":")[0] in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_is_left_out_and_the_sweep_continues(tmp_path, capsys):
     network = {"model": "mlp", "width": 8, "epochs": 1}
     grid = [cells.cell({"rate": rate}, "dense", learning_rate=rate, **network) for rate in (1e30, 1e-3)]

@@ -54,6 +54,7 @@ def without_times(summary):
     return json.loads(json.dumps([records, summary["per_input"]]))
 
 
+@pytest.mark.slow
 def test_all_rounds_of_all_trials_with_their_controls(tmp_path):
     settings = config(tmp_path, trials=2, stability=True)
     summary = rounds.run(settings, images())
@@ -181,6 +182,7 @@ def test_frozen_pruned_weights_stay_and_are_part_of_the_network(tmp_path):
     assert trainer.evaluate(begin, masks) == trainer.evaluate(begin, full_masks(weights)) != zeros
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["rewind", "reinit", "reshuffle", "signed-constant"])
 def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
     start, other = small(1), small(3)

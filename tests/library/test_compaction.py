@@ -177,7 +177,7 @@ CASES = {  # {network: (its maker, at most which part of the parameters is left)
     "attention": (lambda: Drawn(0.1).linen(Attention(), (5, 6, 1)), 0.8),
     "branches": (lambda: Drawn(0.2).linen(Branches(), (6, 6, 2)), 0.9),
 }
-SLOW = ("resnet-8", "resnet-20", "affine resnet-20", "bottleneck", "attention", "nnx")
+SLOW = ("affine resnet-8", "branches", "resnet-8", "resnet-20", "affine resnet-20", "bottleneck", "attention", "nnx")
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
@@ -442,6 +442,7 @@ def test_the_values_between_are_smaller_too():
     assert (5, 1, 3) in shapes and not any(8 in shape for shape in shapes)
 
 
+@pytest.mark.slow
 def test_a_gradient_through_the_smaller_network_is_that_of_the_network():
     weights = [layer(np.eye(3, 8), np.ones(8)), layer(np.ones((8, 2)), np.zeros(2))]
     small = compact(mlp, weights, None, VECTORS)

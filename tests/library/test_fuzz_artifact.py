@@ -301,6 +301,7 @@ def test_a_value_that_would_change_the_network_is_refused(kind, at, value):
 QUICK, LONG = 1, 8  # times the examples of each test
 
 
+@pytest.mark.slow
 def test_mutated_bytes_are_refused_or_do_not_matter(times=QUICK):
     fuzz(120 * times)(given(mutated())(check))()
 

@@ -261,7 +261,8 @@ def same_function(model, weights, masks, smaller, small, x):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_bias", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("use_bias", (False, True))
 def test_lenet_without_its_pruned_neurons_is_a_smaller_lenet(use_bias):
     model = models.LeNet300100(use_bias=use_bias)
     weights, masks, layers, x = pruned_network(model, (8, 49), 0.7)

@@ -103,7 +103,7 @@ BUILDERS = {
     "lenet_300_100": (28, 28, 1),
     "mlp": (28, 28, 1),
     "cnn": (28, 28, 1),
-    "cifar_resnet": (32, 32, 3),
+    **dict.fromkeys(("cifar_resnet", "conv_n", "vgg", "wide_resnet", "small_resnet_18"), (32, 32, 3)),
     **dict.fromkeys(("resnet_18", "resnet_50"), (64, 64, 3)),
 }
 
@@ -140,7 +140,7 @@ def test_width_and_depth_make_the_hidden_layers(build, kind, depth):
         build(5, depth=0)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet", "resnet_18"])
+@pytest.mark.parametrize("name", ["cifar_resnet", "resnet_18", "vgg"])
 def test_only_an_affine_resnet_learns_scales_and_biases(name):
     plain, affine = (shapes(getattr(zoo, name)(10, affine=a), BUILDERS[name]) for a in (False, True))
     assert {path.rsplit("/", 1)[1] for path in plain} == {"kernel"}

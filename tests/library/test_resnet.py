@@ -158,6 +158,7 @@ def in_training(variables, images):
     return TINY.apply(variables, images, train=True, mutable=["batch_stats"])
 
 
+@pytest.mark.slow
 def test_a_train_step_moves_scores_and_batch_statistics_and_no_weight():
     start, end, losses, _ = trained()
     assert losses[-1] < losses[0]

@@ -249,6 +249,7 @@ def published_rounds(kernels, density, rounds):
     return kernels
 
 
+@pytest.mark.slow
 def test_synflow_of_112_layers_still_fits_when_one_weight_of_a_hundred_is_left():
     """Divided by a plain mean of the inflows it overflows here."""
     kept = published_rounds(DEEP, 0.01, 10)

@@ -206,7 +206,7 @@ def test_a_loss_fn_that_returns_only_the_loss_is_told_what_it_must():
     ),
     ids=("reduce_on_plateau", "polyak_sgd", "lbfgs"),
 )
-@pytest.mark.parametrize("beside", (False, True))
+@pytest.mark.parametrize("beside", (False, pytest.param(True, marks=pytest.mark.slow)))
 def test_optimizers_are_given_the_value_the_gradient_and_the_function(tx, beside):
     learns = ("scores", lambda path, leaf: path == "bias") if beside else "scores"
     state = sm.init_state(subnet(), tx, jax.random.key(2), learns=learns)
