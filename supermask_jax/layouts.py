@@ -19,6 +19,7 @@ from supermask_jax.trees import Tree, by_path, checked_shape
 from supermask_jax.usage import Use, uses
 
 TRACED, TIED = "read from the network", "read from the network, which multiplies it in several ways"
+MULTIPLIED, ADDED = "the data is multiplied by it", "it is added to the data, or put beside it"
 FILLED = "read from the network, which changes its zeros"
 UNUSED = "by its name: the network does not use it"
 CHANGED = "by its name: the network changes it before its use"
@@ -96,17 +97,13 @@ def _leaf(path: str, shape: tuple[int, ...], found: list[Use] | None) -> Leaf:
     kinds, no = {use.kind for use in found or ()}, no_kernel(path, shape)
     roles, tied = _roles([use.roles for use in found or () if use.kind == "product"])
     gate = kinds == {"multiplied"} if found else is_gate(path, shape)
-    size = math.prod(n for n in shape)
+    never_summed = bool(kinds) and kinds <= {"multiplied", "shaped", "added"}
     if "looked up" in kinds:
         no = no or "it is looked up, as a table is"
-    elif {"out"} < set(roles.values()) or (low_rank(path, jax.ShapeDtypeStruct(shape, jnp.float32)) and kinds):
+    elif {"out"} < set(roles.values()) or (kinds and low_rank(path, shape)):
         no = ""  # a product tells more than a name
-    elif (
-        kinds and kinds <= {"multiplied", "shaped", "added"} and not (names_of(path)[-1] in PLAIN and size > max(shape))
-    ):
-        no = no or (
-            "the data is multiplied by it" if "added" not in kinds else "it is added to the data, or put beside it"
-        )
+    elif never_summed and not (names_of(path)[-1] in PLAIN and _long(shape) > 1):
+        no = no or (ADDED if "added" in kinds else MULTIPLIED)
     if no:
         return Leaf(path, shape, None, no, gate=gate)
     if roles:
@@ -121,6 +118,11 @@ def _leaf(path: str, shape: tuple[int, ...], found: list[Use] | None) -> Leaf:
     if known is None:
         raise unknown_axes(path, shape, found is not None)
     return known if found is None else known._replace(why=CHANGED if found else UNUSED)
+
+
+def _long(shape: tuple[int, ...]) -> int:
+    """How many axes are longer than 1."""
+    return sum(size > 1 for size in shape)
 
 
 def _roles(products: list[Mapping[int, str]]) -> tuple[dict[int, str], bool]:
@@ -223,6 +225,8 @@ def _warnings(layout: Layout, arrays: Mapping[str, Any], rows: list[Row], densit
         known = hasattr(array, "dtype") and not isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer)
         if known and (leaf.gate or leaf.axes) and is_closed(array, gate_stack(leaf.shape) if leaf.gate else leaf.stack):
             notes.append(f"{path} is 0: frozen, it lets nothing pass; {OPEN if leaf.gate else DRAW} changes that")
+        if leaf.why == MULTIPLIED and _long(leaf.shape) > 1:
+            notes.append(f"{path} {leaf.shape} is multiplied with data entry by entry, and taken for no kernel")
         if leaf.axes is None:
             continue
         if not jnp.issubdtype(getattr(array, "dtype", jnp.float32), jnp.floating):

@@ -204,6 +204,7 @@ def test_a_streamed_run_has_the_files_of_one_in_memory(tmp_path, monkeypatch):
     assert used and set(used[: len(used) // 2]) == {OnDevice} and set(used[len(used) // 2 :]) == {Streamed}
 
 
+@pytest.mark.slow
 def test_gradual_pruning_ends_with_exactly_the_layer_counts_of_its_distribution(tmp_path):
     """The counts are fractions of the weights at the start, which the first step gives away."""
     end = fit(small(tmp_path / "a", "gradual", distribution="snip"))

@@ -115,6 +115,7 @@ def test_any_count_of_any_scores_is_kept_as_a_stable_sort_keeps_it(drawn):
     assert_equal(masks, {"layer": oracles.highest(scores, count, within)})
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(st.data())
 @pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16), ids=("float16", "bfloat16"))

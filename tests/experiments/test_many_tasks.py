@@ -365,6 +365,7 @@ def test_gradients_are_those_of_the_plain_definition_for_more_masks_and_images_t
     assert (network._add._cache_size(), network._slopes._cache_size()) == compiled  # for no other number of tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2, 3, 5, 8])
 def test_one_gradient_takes_the_best_task_and_binary_search_the_better_half_each_time(tasks):
     weights, masks, packed = random_tasks(tasks, seed=2)

@@ -214,6 +214,7 @@ def test_layers_of_one_shape_are_drawn_independently(name):
     assert abs(same - (0.3**2 + 0.7**2)) < 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:pruned whole")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", ["random", "gradual"])

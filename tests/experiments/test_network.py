@@ -271,6 +271,7 @@ def made(name, net, weights, state):
     return setup, METHODS[name].resolve()(setup)
 
 
+@pytest.mark.slow
 @each_network
 @pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "rigl"])
 def test_methods_that_look_at_the_network_take_its_statistics_and_leave_its_scales_alone(name, made_by):

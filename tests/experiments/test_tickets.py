@@ -143,6 +143,7 @@ def small(seed):
     return {name: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for name, s in shapes.items()}
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_at_the_step_that_prune_at_names(tmp_path):
     early = a_trainer(tmp_path / "a", prune_at=0.5)
     begin, key = early.draw(jax.random.key(1)), jax.random.key(2)
@@ -207,6 +208,7 @@ def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
         assert np.array_equal(by_path(begins("ticket", 0, masks).weights)[path], old)  # one network to draw from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -381,6 +383,7 @@ def statistics(snapshot):
     return np.concatenate([np.asarray(leaf) for leaf in by_path(snapshot.model_state).values()])
 
 
+@pytest.mark.slow
 def test_statistics_are_drawn_stored_and_rewound_with_the_weights(tmp_path, with_statistics):
     trainer = a_trainer(tmp_path)
     begin, key = trainer.draw(jax.random.key(1)), jax.random.key(2)

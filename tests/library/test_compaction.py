@@ -276,6 +276,7 @@ def conv_net(params, x, padding):
     return conv(hidden, params["last"], padding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ("VALID", "SAME"))
 @pytest.mark.parametrize("dead", (1, 2, 3))
 def test_constant_channels_before_a_convolution(padding, dead):
@@ -328,6 +329,7 @@ def residual(params, x):
     return conv(jax.nn.relu(stem + branch), params["last"], "VALID")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "branch", "widths"),
     [

@@ -88,6 +88,7 @@ def test_the_widest_that_is_searched_and_no_wider():
         construction.nearest_subsets(np.ones((1, size + 1)), np.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", range(1, 9))
 def test_each_weight_is_as_near_as_the_best_candidate_or_sum_of_candidates(width):
     target = drawn_target((3, 2), seed=width)

@@ -96,6 +96,7 @@ def test_no_setting_of_jax_changes_a_draw(name, options):
             assert digest(DRAWN[name](jax.random.key(seed))) == golden(name, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_no_setting_of_jax_changes_a_draw_inside_of_two_jits(options):
     """Normals are drawn on the host, and not under jit."""

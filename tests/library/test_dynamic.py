@@ -91,6 +91,7 @@ def test_a_weight_dropped_just_now_returns_where_its_growth_is_highest():
     assert dynamic.drop_and_grow(LAYER, full, growth, 0.7)["layer"].tolist() == full["layer"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", (0.3, 0.7))
 def test_each_layer_keeps_its_exact_count_through_many_updates(density):
     weights = drawn(0)

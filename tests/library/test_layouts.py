@@ -420,6 +420,7 @@ def test_leaves_are_followed_through_what_the_network_does_to_them(name):
         (lambda p, x: x @ p["w"] @ p["w"].T, {"w": (8, 4)}, "w is multiplied in several ways"),
         (lambda p, x: x @ jax.lax.sort(p["w"]), {"w": (8, 4)}, "w could not be followed to a product"),
         (lambda p, x: x, {"w": (8, 4)}, "w is not used"),
+        (lambda p, x: x * p["filter"][None], {"filter": (5, 8), "w": (8, 4)}, "filter (5, 8) is multiplied with data"),
     ),
 )
 def test_what_a_trace_shows_to_be_doubtful_is_a_warning_of_inspect(network, shapes, says):

@@ -70,6 +70,7 @@ def test_whole_neurons_go_by_the_mean_of_what_each_has_left():
 SHAPES = {"a": (30, 20), "c": (3, 3, 2, 12), "d": (20, 10)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ("weight", "neuron"))
 @pytest.mark.parametrize("scope", ("global", "layer"))
 def test_each_rounds_masks_lie_within_the_last_and_keep_their_exact_count(scope, unit):

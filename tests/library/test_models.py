@@ -62,6 +62,7 @@ def test_lenet_has_the_published_number_of_weights(use_bias, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shapes"),
     [
