@@ -198,16 +198,21 @@ def _sample(keys: list[jax.Array], places: list[_Place], wanted: jax.Array) -> _
     sizes = _sizes(keys, places)
     for first in sorted({place.first for place in places}):
         own = [(key, len(place.stack)) for key, place in zip(keys, places, strict=True) if place.first == first]
-        size, layers = sizes[first], math.prod(own[0][0].shape[: own[0][1]])
-        parts = [_slice(key, SAMPLE / size, leading).reshape(layers, -1) for key, leading in own]
-        row = jnp.sort(jnp.concatenate(parts, axis=1))  # sorting also leaves it whole on every device of a mesh
-        drawn = row.shape[1]
-        share = wanted[first : first + layers].astype(jnp.float32) / size
+        size, stack = sizes[first], own[0][0].shape[: own[0][1]]
+        shape = (math.prod(stack), -1) if stack else (-1,)
+        parts = [_slice(key, SAMPLE / size, leading).reshape(shape) for key, leading in own]
+        row = jnp.sort(jnp.concatenate(parts, axis=-1))  # sorting also leaves it whole on every device of a mesh
+        drawn = row.shape[-1]
+        layers = math.prod(stack)
+        share = (wanted[first : first + layers] if stack else wanted[first]).astype(jnp.float32) / size
         margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
         for side, ends in ((1, lows), (-1, highs)):
             rank = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn).astype(jnp.int32)  # 1 for the highest
-            ends.append(jnp.take_along_axis(row, drawn - rank[:, None], axis=1)[:, 0])
-        rows.append(row)
+            if stack:
+                ends.append(jnp.take_along_axis(row, drawn - rank[:, None], axis=1)[:, 0])
+            else:
+                ends.append(row[drawn - rank][None])
+        rows.append(row if stack else row[None])
     drawn = max(row.shape[1] for row in rows)
     padded = [jnp.pad(row, ((0, 0), (0, drawn - row.shape[1])), constant_values=INT32_MIN) for row in rows]
     return _Sample(jnp.concatenate(padded), jnp.concatenate(lows), jnp.concatenate(highs))

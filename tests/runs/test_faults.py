@@ -50,7 +50,8 @@ def test_a_run_killed_twenty_times_resumes_each_time_and_ends_bit_identical(scra
     assert all(step > 0 for step in steps) and steps == sorted(steps)
     left = {file.name for file in (scratch / "killed").iterdir()} - {".lock"}
     pictures = {name for name in left if name.endswith(".png")}
-    assert left == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"} | pictures and pictures
+    files = {"config.json", "metrics.jsonl", "summary.json", "subnetwork.safetensors", "checkpoints"}
+    assert left == files | pictures and pictures
     kept = {file.name for file in (scratch / "killed" / "checkpoints").iterdir()}
     assert len(kept) == 3 and "saved" in kept  # two checkpoints, and nothing of saves that were killed
 
