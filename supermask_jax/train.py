@@ -139,7 +139,8 @@ def make_train_step(
             learner,
             value=metrics["loss"],
             grad=grads,
-            value_fn=lambda learner: mean(loss_of(learner)[0]),
+            # In the dtypes of what learns: a line search with 64 bits would make scores of 64.
+            value_fn=lambda tried: mean(loss_of(jax.tree.map(lambda x, new: new.astype(x.dtype), learner, tried))[0]),
         )
         subnet = _with_learner(state.subnet, learns, optax.apply_updates(learner, updates))
         # Only floats have a mean: counters, flags and keys are carried as they are.

@@ -17,8 +17,13 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
 
     Returns:
       [n, h // window, w // window, c].
+
+    Raises:
+      ValueError: the image has no window of that size.
     """
     n, h, w, c = x.shape
+    if not 1 <= window <= min(h, w):
+        raise ValueError(f"an image of {h} x {w} pixels has no window of {window} x {window}: it is too small")
     h, w = h // window, w // window
     return _max_of_windows(x[:, : h * window, : w * window].reshape(n, h, window, w, window, c))
 

@@ -265,6 +265,7 @@ def test_a_source_that_is_read_in_parts_gives_the_figures_of_one_in_memory(digit
     assert evaluator.assess(params, None, parts, others_in_parts) == evaluator.assess(params, None, whole, others)
 
 
+@pytest.mark.slow
 def test_evaluation_of_sampled_masks_is_the_mean_over_the_keys(digits, popup):
     *_, net = popup
     method = bernoulli(net.init(KEY)[0], rescale=True)

@@ -156,7 +156,8 @@ def test_a_pause_comes_at_least_every_fifty_steps(tmp_path, monkeypatch):
     assert calls == [(0, 50), (50, 100), (100, 130)]
 
 
-@pytest.mark.parametrize("method", ["edge-popup", pytest.param("rigl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["edge-popup", "rigl"])
 def test_after_the_first_epoch_nothing_is_compiled(tmp_path, monkeypatch, method):
     """Also after masks have changed, and after a checkpoint: all that changes is an argument."""
     events, at, append = [], {}, Workdir.append
@@ -179,6 +180,7 @@ def test_after_the_first_epoch_nothing_is_compiled(tmp_path, monkeypatch, method
     assert at[1] == at[2] == at[3] == at[4]
 
 
+@pytest.mark.slow
 def test_a_streamed_run_has_the_files_of_one_in_memory(tmp_path, monkeypatch):
     source = made_up(examples=20, tests=8)
     for split, part in (("train", source.train), ("test", source.test)):

@@ -105,6 +105,7 @@ keep_highest = jax.jit(lambda scores, counts, within=None: sm.keep_highest(score
 keep_highest_together = jax.jit(keep_highest_of_all)
 
 
+@pytest.mark.slow
 @fuzz(400)
 @given(st.data())
 def test_any_count_of_any_scores_is_kept_as_a_stable_sort_keeps_it(drawn):

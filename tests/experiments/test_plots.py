@@ -134,6 +134,7 @@ def test_a_run_leaves_pictures_of_something(tmp_path, shapes, masks):
         assert decoded(tmp_path / name).std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_one_epoch_is_enough(tmp_path, split):
     trees = network(CONVNET)

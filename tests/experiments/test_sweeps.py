@@ -142,6 +142,7 @@ def test_every_cell_leaves_a_row_of_its_labels_its_seed_and_its_figures(compared
     assert 0 < bernoulli["density"] < 1
 
 
+@pytest.mark.slow
 def test_the_summary_on_disk_is_what_main_returns_and_the_picture_is_real(compared):
     folder, summary = compared
     assert written(folder / "compare") == json.loads(json.dumps(summary))
@@ -154,6 +155,7 @@ def test_the_summary_on_disk_is_what_main_returns_and_the_picture_is_real(compar
         assert {file.name for file in cell.iterdir()} == own
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_a_wider_one_only_the_new_cells(compared, tmp_path, monkeypatch):
     folder, summary = compared
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

@@ -156,6 +156,7 @@ def test_weights_are_drawn_at_the_step_that_prune_at_names(tmp_path):
     assert not np.array_equal(drawn["Dense_0"]["kernel"], at_end["Dense_0"]["kernel"])
 
 
+@pytest.mark.slow
 def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path):
     """Rewinding starts at a later step of the same order of batches; with plain SGD nothing else is lost."""
     plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1}
@@ -256,6 +257,7 @@ def test_the_control_of_pruned_neurons_has_as_many_neurons():
     assert not np.array_equal(kept, masks["Dense_0"]["kernel"]) and np.all(control["Dense_2"]["kernel"] == 1)
 
 
+@pytest.mark.slow
 def test_a_ticket_can_be_taken_out_of_its_file(tmp_path):
     rounds.run(config(tmp_path, rounds=1), images())
     files = {file.stem for file in (tmp_path / "run/networks").glob("*.npz")}

@@ -252,6 +252,7 @@ def test_units_that_only_dead_units_read_or_feed_go_to_a_fixed_point(width):
     same(mlp, weights, small, VECTORS)
 
 
+@pytest.mark.slow
 def test_a_chain_shrinks_to_the_sizes_of_lottery_shrink():
     model, drawn = models.LeNet300100(hidden=(30, 12)), Drawn(0.3, 0.4)
     _, variables, masks, images = drawn.linen(model, (5, 5, 1))

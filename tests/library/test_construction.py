@@ -105,6 +105,7 @@ def test_each_weight_is_as_near_as_the_best_candidate_or_sum_of_candidates(width
             assert form == "subset-sum" or mine.sum() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "form"), [((7, 4, 3), "subset-sum"), ((3, 5, 2, 4, 3, 5, 4), "product")])
 def test_the_model_under_the_masks_computes_what_the_effective_kernels_do(sizes, form):
     """Six layers as well: then Dense_10 and Dense_11 sort before Dense_2."""

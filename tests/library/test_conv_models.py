@@ -135,6 +135,12 @@ def test_depths_that_are_not_there_are_refused(model, says):
         shapes_of(model)
 
 
+@pytest.mark.parametrize(("model", "size"), ((models.VGG(), 28), (models.ConvN(depth=8), 15)))
+def test_images_that_are_pooled_away_are_refused(model, size):
+    with pytest.raises(ValueError, match="an image of 1 x 1 pixels has no window of 2 x 2: it is too small"):
+        shapes_of(model, size)
+
+
 @pytest.mark.parametrize("make", (zoo.conv_n, zoo.vgg, zoo.wide_resnet, zoo.small_resnet_18))
 def test_the_first_and_the_last_kernel_are_where_the_zoo_says(make):
     made = make(7)

@@ -181,6 +181,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_draws_are_the_same_sharded_over_eight_devices():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -17,6 +17,7 @@ def described(animal):
     return sm.describe(animal.apply_fn, animal.weights, animal.inputs)
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("name", ZOO)
 def test_the_traced_network_tells_which_leaves_are_kernels_their_layers_and_their_fans(name):
     if name in NEEDS:

@@ -195,6 +195,7 @@ def test_random_like_has_the_ones_of_each_layer_elsewhere():
         assert all(np.any(drawn[path] != other[path]) for path in SHAPES)
 
 
+@pytest.mark.slow
 def test_reshuffled_permutes_the_kept_weights_among_their_places_in_each_layer():
     rng = np.random.default_rng(0)
     weights = {path: rng.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}

@@ -105,6 +105,7 @@ def test_scores_under_masks_are_those_of_the_network_without_the_pruned_weights(
     assert lists(smaller) != [lists(SCORES_OF[method](SNIP_NET, SNIP_BATCH, None))[0][1:], last]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize("method", SCORES_OF)
 def test_scores_keep_dtype_and_structure_and_do_not_depend_on_compilation(method, dtype):
