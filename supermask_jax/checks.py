@@ -13,6 +13,7 @@ from supermask_jax.trees import Tree, by_path, layer_counts
 
 
 def check_arrays(scores: Tree) -> None:
+    """Raises TypeError on leaves that are numbers: a list of them is a tree, and not an array."""
     for path, score in by_path(scores).items():
         if not hasattr(score, "dtype"):
             kind = type(score).__name__

@@ -20,7 +20,16 @@ from supermask_jax.leaves import Layout
 from supermask_jax.selection import keep_highest
 from supermask_jax.supermask import Key, Masks, Params, Scores, Subnet, identity, subnetwork
 from supermask_jax.train import LossFn, TrainState
-from supermask_jax.trees import Tree, at_most_32_bits, by_path, layer_counts, ones_and_sizes, per_layer, stacks_of
+from supermask_jax.trees import (
+    Tree,
+    at_most_32_bits,
+    by_path,
+    layer_counts,
+    mean_over,
+    ones_and_sizes,
+    per_layer,
+    stacks_of,
+)
 
 
 def cubic_density(step: int, begin: int, end: int, final: float, initial: float = 1.0) -> float:
@@ -185,8 +194,7 @@ def dense_gradient(
         raise ValueError("there is no mask: every leaf of the subnet's scores is None")
     params = subnetwork(identity, subnet)
     gradient, _ = jax.grad(lambda params: loss_fn(params, model_state, batch, key), has_aux=True)(params)
-    if axis_name is not None:
-        gradient = jax.lax.pmean(gradient, axis_name)
+    gradient = mean_over(axis_name, gradient)
     return jax.tree.map(lambda slope, mask: None if mask is None else slope, gradient, subnet.scores)
 
 

@@ -41,9 +41,9 @@ def describe(
 ) -> Layout:
     """Returns what every leaf of the weights is: whether it is a kernel, and what each of its axes does.
 
-    With an `apply_fn`, each leaf is followed through the traced network to the products that multiply it with data, so
-    that any framework, any einsum, `nn.scan` and `vmap` are right. Without one, the names of Flax, Haiku and Equinox
-    tell. What neither tells is an error that asks.
+    With an `apply_fn`, each leaf is followed through the traced network to the products that multiply it with data, in
+    whatever framework, through einsums, `nn.scan` and `vmap`. Without one, the names of Flax, Haiku and Equinox tell.
+    What neither tells is an error that asks; what may mislead is a warning of `inspect`.
 
         layout = sm.describe(lambda params, x: model.apply({"params": params}, x), weights, batch["image"])
         scores = sm.init_scores(key, weights, layout)
@@ -164,8 +164,8 @@ class Inspection(NamedTuple):
         heads = ("path", "shape", "axes", "layers", "fan-in", "fan-out", f"kept at {self.density:g}", "why")
         table: list[tuple[str, ...]] = [heads]
         for row in self.rows:
-            cells = (row.layers if row.axes else "", row.fan_in, row.fan_out, row.kept)
-            numbers = ["" if cell is None else f"{cell:,}" if cell != "" else "" for cell in cells]
+            cells = (row.layers if row.axes else None, row.fan_in, row.fan_out, row.kept)
+            numbers = ["" if cell is None else f"{cell:,}" for cell in cells]
             shape = " x ".join(map(str, row.shape)) or "()"
             table.append((row.path, shape, row.axes or "no kernel", *numbers, row.why))
         widths = [max(len(line[i]) for line in table) for i in range(len(heads))]

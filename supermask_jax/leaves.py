@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
 from supermask_jax.names import EQUINOX, equinox_axes, flax_axes, names_of, shape_of
 
@@ -108,7 +108,7 @@ class Layout(Mapping[str, Leaf]):
 
     def others(self, path: str, leaf: Any) -> bool:
         """Returns whether the leaf is no kernel, and of floats: what may learn beside the scores."""
-        return not self(path, leaf) and np.issubdtype(getattr(leaf, "dtype", np.float32), np.floating)
+        return not self(path, leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
     def leaf(self, path: str, shape: Sequence[int]) -> Leaf:
         """Returns what is known of a leaf.
@@ -231,16 +231,14 @@ def flax_leaf(path: str, shape: tuple[int, ...]) -> Leaf:
     return Leaf(path, tuple(shape), axes, "by its name")
 
 
-def leaf_of(path: str, shape: Any, layout: Layout | None = None) -> Leaf | None:
+def leaf_of(path: str, shape: Sequence[int], layout: Layout | None = None) -> Leaf | None:
     """Returns what is known of a kernel, from the layout or from its name; None where the name does not tell.
 
     Args:
       path: the leaf's keys joined by "/".
-      shape: its shape, or a `Leaf`, which is returned. A score of units has the length 1 along the other axes.
+      shape: its shape. A score of units has the length 1 along the other axes.
       layout: what tells it; None means the name.
     """
-    if isinstance(shape, Leaf):
-        return shape
     if layout is not None:
         return layout.leaf(path, shape)
     axes = (equinox_axes if EQUINOX.search(names_of(path)[-1]) else flax_axes)(path, shape)

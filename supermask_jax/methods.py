@@ -250,8 +250,7 @@ def gradual(
 
         current, masks = state.subnet
         if isinstance(density, Mapping) or scope == "layer":
-            finals = {layer: now(final) for layer, final in of_layers.items()}
-            masks = magnitude_masks(current, masks, finals, layout=layout)
+            masks = magnitude_masks(current, masks, {name: now(d) for name, d in of_layers.items()}, layout=layout)
         else:
             masks = global_masks(magnitude(current, where), now(density), masks, minimum=minimum, layout=layout)
         return replace_masks(state, tx, masks)

@@ -33,7 +33,7 @@ PLAIN = ("kernel", "weight", "w")  # names of what may be a kernel, or the one a
 EQUINOX = re.compile(r"(^|_)weight(_|$)")  # names of Equinox's and PyTorch's kernels: weight, weight_ih, in_proj_weight
 
 ATTENTION = re.compile(r"attention|attn|mha", re.IGNORECASE)
-CONVOLUTION = re.compile(r"(^|_)conv|^(depthwise|transposed?)conv", re.IGNORECASE)
+CONVOLUTION = re.compile(r"(^|_|depthwise|transposed)conv", re.IGNORECASE)
 STEM = re.compile(r"conv|patch|embed|stem|down", re.IGNORECASE)  # parts of paths whose windows may have any size
 UNLIKE = re.compile(r"attention|attn|einsum|qkv|expert|moe", re.IGNORECASE)
 """Parts of paths whose kernels are no convolutions, also where their first axes are equal."""

@@ -27,6 +27,7 @@ from supermask_jax.trees import (
     layer_counts,
     layout_of,
     map_with_name,
+    mean_over,
     ones_and_sizes,
     per_path,
     prunable,
@@ -112,8 +113,7 @@ def snip(
     """
     kernels, params = _network(weights, masks, where)
     slopes, _ = jax.grad(lambda k: loss_fn(params(k), model_state, batch, key), has_aux=True)(kernels)
-    if axis_name is not None:
-        slopes = jax.lax.pmean(slopes, axis_name)
+    slopes = mean_over(axis_name, slopes)
     scores = {path: jnp.abs(kernel * slopes[path]) for path, kernel in kernels.items()}
     _warn_of_ties(scores, masks)
     return _like(weights, scores)
@@ -175,14 +175,10 @@ def grasp(
     def along_flow(kernels: Kernels, batch: Tree) -> jax.Array:
         return jnp.sum(jnp.stack([jnp.vdot(slope, flow[path]) for path, slope in gradient(kernels, batch).items()]))
 
-    def mean(slopes: Kernels) -> Kernels:
-        return slopes if axis_name is None else jax.lax.pmean(slopes, axis_name)
-
-    flow = mean(total([gradient(kernels, batch) for batch in batches]))
+    flow = mean_over(axis_name, total([gradient(kernels, batch) for batch in batches]))
     # Reverse over reverse: layers with derivatives of their own (jax.custom_vjp) have no forward mode.
-    curved = mean(total([jax.grad(along_flow)(kernels, batch) for batch in batches]))
-    scores = {path: kernel * curved[path] for path, kernel in kernels.items()}
-    return _like(weights, scores)
+    curved = mean_over(axis_name, total([jax.grad(along_flow)(kernels, batch) for batch in batches]))
+    return _like(weights, {path: kernel * curved[path] for path, kernel in kernels.items()})
 
 
 def synflow(

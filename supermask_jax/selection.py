@@ -253,7 +253,7 @@ def n_m_masks(
 
 def _summed(path: str, shape: tuple[int, ...], layout: Layout | None) -> int:
     leaf = leaf_of(path, shape, layout)
-    if leaf is None:
+    if leaf is None or not leaf.at("in"):
         raise unknown_axes(path, shape)
     return leaf.at("in")[-1]
 

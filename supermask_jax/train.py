@@ -12,7 +12,7 @@ import optax
 from supermask_jax.leaves import stack_of
 from supermask_jax.names import gate_stack, is_closed, is_gate
 from supermask_jax.supermask import Key, MaskFn, ProductFn, Subnet, identity, subnetwork
-from supermask_jax.trees import Tree, Where, by_path, map_with_name
+from supermask_jax.trees import Tree, Where, by_path, map_with_name, mean_over
 
 Learns = Literal["scores", "weights"]
 Learner = Learns | tuple[Literal["scores"], Where]
@@ -112,42 +112,44 @@ def make_train_step(
     if mask_fn is identity and learns == "scores":
         raise ValueError("identity's scores are fixed masks and cannot learn: say learns='weights'")
 
-    if product is None:
-        product = partial(subnetwork, mask_fn)
-
-    optimizer = _optimizer(tx, learns)
+    product, optimizer = product or partial(subnetwork, mask_fn), _optimizer(tx, learns)
 
     def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
-        learner = _learner(state.subnet, learns)
-        _check_opt_state(optimizer, state.opt_state, learner, learns)
-        mask_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        if axis_name is not None:
-            loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
-
-        def loss_of(learner):
-            params = product(_with_learner(state.subnet, learns, learner), mask_key)
-            return _checked(loss_fn(params, state.model_state, batch, loss_key))
-
-        def mean(tree):
-            return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-        (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(learner)
-        grads, metrics = mean((grads, {"loss": loss, **metrics}))
-        updates, opt_state = optimizer.update(
-            grads,
-            state.opt_state,
-            learner,
-            value=metrics["loss"],
-            grad=grads,
-            # In the dtypes of what learns: a line search with 64 bits would make scores of 64.
-            value_fn=lambda tried: mean(loss_of(jax.tree.map(lambda x, new: new.astype(x.dtype), learner, tried))[0]),
-        )
-        subnet = _with_learner(state.subnet, learns, optax.apply_updates(learner, updates))
-        # Only floats have a mean: counters, flags and keys are carried as they are.
-        model_state = jax.tree.map(lambda x: mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, model_state)
-        return TrainState(state.step + 1, subnet, model_state, opt_state, state.key), metrics
+        return _step(product, loss_fn, optimizer, learns, axis_name, state, batch)
 
     return step
+
+
+def _step(
+    product: ProductFn,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformationExtraArgs,
+    learns: Learner,
+    axis_name: str | None,
+    state: TrainState,
+    batch: Tree,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    learner, mean = _learner(state.subnet, learns), partial(mean_over, axis_name)
+    _check_opt_state(tx, state.opt_state, learner, learns)
+    mask_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    if axis_name is not None:
+        loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
+
+    def loss_of(learner: Any) -> Any:
+        params = product(_with_learner(state.subnet, learns, learner), mask_key)
+        return _checked(loss_fn(params, state.model_state, batch, loss_key))
+
+    def loss_at(tried: Any) -> jax.Array:  # in the dtypes of what learns: a line search with 64 bits has other ones
+        return mean(loss_of(jax.tree.map(lambda x, new: new.astype(x.dtype), learner, tried))[0])
+
+    (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(learner)
+    grads, metrics = mean((grads, {"loss": loss, **metrics}))
+    told = {"value": metrics["loss"], "grad": grads, "value_fn": loss_at}
+    updates, opt_state = tx.update(grads, state.opt_state, learner, **told)
+    subnet = _with_learner(state.subnet, learns, optax.apply_updates(learner, updates))
+    # Only floats have a mean: counters, flags and keys are carried as they are.
+    model_state = jax.tree.map(lambda x: mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, model_state)
+    return TrainState(state.step + 1, subnet, model_state, opt_state, state.key), metrics
 
 
 def _checked(result: Any) -> Any:

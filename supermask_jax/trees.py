@@ -154,6 +154,11 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
 
 
+def mean_over(axis_name: str | None, tree: Tree) -> Tree:
+    """Returns the mean of every leaf over the devices of a pmap axis; of None, the tree itself."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
 def apply_masks(weights: Tree, masks: Tree) -> Tree:
     """Returns weights * masks in the weights' dtypes; leaves whose mask is None pass unchanged.
 

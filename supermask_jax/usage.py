@@ -1,7 +1,7 @@
 """What a traced network does with each leaf of its weights: which axes its products sum, and which they leave.
 
 Each leaf is followed, axis by axis, through operations that move or change its numbers, to the matrix products and
-convolutions that multiply it with data. No list of frameworks or names is needed for that.
+convolutions that multiply it with data. Names matter only where two leaves meet in a product.
 """
 
 import math
@@ -212,8 +212,7 @@ class _Follow:
             if view.axes is not None and groups > 1:  # jax.vmap makes a grouped convolution of many
                 outputs = view.axes[dimensions[0]]
                 if len(outputs) > 1 and groups % outputs[0][1] == 0:
-                    rest = (*outputs[1:],)
-                    axes = tuple(rest if axis == dimensions[0] else a for axis, a in enumerate(view.axes))
+                    axes = tuple(outputs[1:] if axis == dimensions[0] else a for axis, a in enumerate(view.axes))
                     view = view._replace(axes=axes, picked=view.picked | {outputs[0][0]})
                     own = groups // outputs[0][1]
             self.note([view], _product(view, roles, own, spacing))

@@ -52,15 +52,16 @@ _CIFAR_WEIGHTS = {**_CIFAR_IMAGES, "init": "kaiming-normal", "weight_decay": 1e-
 _CIFAR_SCORES = {**_CIFAR_IMAGES, "weight_decay": 1e-4}
 _CIFAR_BERNOULLI = {**_CIFAR_IMAGES, "rescale": True, "learning_rate": 200.0}
 # The configurations of the released code of Ramanujan et al. 2020 (configs/smallscale): of edge-popup, of dense
-# training and of their version of Bernoulli supermasks.
+# training and of their version of Bernoulli supermasks, whose rate is that of Conv2, 4 and 6. The weights of the last
+# are drawn as Zhou et al. 2019 draw them.
 _CIFAR_PAPER = {**_CIFAR_IMAGES, "epochs": 100, "schedule": "cosine-epoch"}
-# Of pruning before training, as Wang et al. 2020 train (GraSP, CIFAR): 160 epochs, a tenth of the rate at 1/2 and 3/4.
+# Of pruning before training, as Wang et al. 2020 train VGG-19 (GraSP, CIFAR): 160 epochs, a tenth of the rate at 1/2
+# and 3/4. Their ResNet-32 has a weight decay of 1e-4.
 _CIFAR_PRUNED_PAPER = {
     **_CIFAR_WEIGHTS,
     "epochs": 160,
     "schedule": "steps",
     "drop_at": (0.5, 0.75),
-    "nesterov": True,
     "weight_decay": 5e-4,
 }
 

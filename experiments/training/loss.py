@@ -37,7 +37,7 @@ def make_loss(
 
     def loss_fn(params, model_state, batch, key):
         dropout_key, change_key = jax.random.split(key)
-        images = normalise(changed(change_key, batch["image"], augment), mean, std)
+        images = normalise(augmented(change_key, batch["image"], augment), mean, std)
         logits, model_state = network.apply(params, model_state, images, train=True, key=dropout_key)
         losses, correct = losses_and_correct(logits / temperature, batch["label"])
         if label_smoothing:
@@ -50,7 +50,7 @@ def make_loss(
     return loss_fn
 
 
-def changed(key: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
+def augmented(key: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
     """Images [n, h, w, c], changed at random as the settings say; each change has a key of its own."""
     if (
         augment.shift

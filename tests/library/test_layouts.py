@@ -436,9 +436,10 @@ def test_what_not_even_a_trace_tells_is_an_error_that_does_not_ask_for_one():
 
 
 def test_a_layout_says_what_may_learn_beside_the_scores():
-    weights = {"w": jnp.ones((8, 4)), "bias": jnp.ones(4), "steps": jnp.zeros(4, jnp.int32)}
+    weights = {"w": jnp.ones((8, 4)), "bias": jnp.ones(4), "half": jnp.ones(4, jnp.bfloat16)}
+    weights |= {"steps": jnp.zeros(4, jnp.int32)}
     layout = sm.describe(None, weights)
-    assert [path for path, leaf in by_path(weights).items() if layout.others(path, leaf)] == ["bias"]
+    assert [path for path, leaf in by_path(weights).items() if layout.others(path, leaf)] == ["bias", "half"]
 
 
 # The variance that a draw means, under the layout.

@@ -185,6 +185,12 @@ def test_n_of_m_lies_along_the_summed_axis_that_the_layout_tells():
     np.testing.assert_array_equal(named, sm.n_m_masks({"a": scores["w"][0]}, 1, 2, 1)["a"])
 
 
+def test_n_of_m_asks_where_no_axis_is_summed():
+    scores = {"w": np.ones((3, 4), np.float32)}
+    with pytest.raises(ValueError, match="tells what the axes of 'w'"):
+        sm.n_m_masks(scores, 1, 2, layout=sm.describe(None, scores, axes={"w": "window out"}))
+
+
 def test_a_minimum_is_of_each_layer_and_an_emptied_one_is_named():
     scores = {DENSE: np.concatenate([np.ones((1, 4, 5)), np.zeros((1, 4, 5))]).astype(np.float32)}
     with pytest.warns(UserWarning, match=r"pruned whole: Dense_0/kernel\[1\]; minimum=1"):
