@@ -1,7 +1,7 @@
 """What is refused before anything is selected, and what is warned of after."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,14 +31,22 @@ def check_scores(path: str, score: jax.Array, allowed: jax.Array | None) -> None
         raise ValueError(f"the mask of {path!r} has shape {jnp.shape(allowed)}, its scores {jnp.shape(score)}")
 
 
-def check_counts(counts: Mapping[str, Any], score: jax.Array, allowed: jax.Array | None) -> None:
-    """Raises where a layer has not so many weights; values are looked at only where they are concrete."""
+def check_counts(counts: Mapping[str, Any], score: jax.Array, allowed: jax.Array | None) -> list[str]:
+    """Raises where a layer has not so many weights; values are looked at only where they are concrete.
+
+    Returns:
+      The layers of which nothing is kept, although there is something, as far as that is known.
+    """
     rooms = np.full(len(counts), score.size // max(len(counts), 1))
     if allowed is not None and is_concrete(allowed):
         rooms = np.count_nonzero(np.asarray(allowed).reshape(len(counts), -1), axis=1)
     for (layer, count), room in zip(counts.items(), rooms.tolist(), strict=True):
         if is_concrete(count) and not is_count(count, room):
             raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {layer!r}")
+    if not is_concrete(allowed):
+        return []
+    there = zip(counts.items(), rooms, strict=True)
+    return [layer for (layer, count), room in there if room and is_concrete(count) and not count]
 
 
 def is_count(count: Any, room: int) -> bool:
@@ -46,17 +54,21 @@ def is_count(count: Any, room: int) -> bool:
     return bool(0 <= count <= room) and bool(count == int(count))
 
 
-def warn_of_emptied(masks: Tree, before: Tree | None = None, layout: Layout | None = None) -> None:
+def warn_of_emptied(
+    masks: Tree,
+    before: Tree | None = None,
+    layout: Layout | None = None,
+    advice: str = "minimum=1 keeps a weight in every layer",
+) -> None:
     """Warns of layers of which the masks keep nothing, although there was something; under jit nothing is known.
 
     Args:
       masks: tree of 0 or 1, None at leaves that are not prunable.
       before: what there was; None means everything.
       layout: what tells which leaves stack layers. None means the names.
+      advice: what keeps a weight there.
     """
-    if not is_concrete((masks, before)):
-        return
-    if not by_path(masks):
+    if not is_concrete((masks, before)) or not by_path(masks):
         return
     there = {} if before is None else layer_counts(before, layout)
     emptied = [
@@ -64,8 +76,13 @@ def warn_of_emptied(masks: Tree, before: Tree | None = None, layout: Layout | No
         for name, (ones, size) in layer_counts(masks, layout).items()
         if size and not ones and there.get(name, (size, size))[0]
     ]
+    warn_of(emptied, advice)
+
+
+def warn_of(emptied: Sequence[str], advice: str) -> None:
+    """Warns of these layers, if there are any."""
     if emptied:
-        warnings.warn(f"pruned whole: {', '.join(emptied)}; minimum=1 keeps a weight in every layer", stacklevel=3)
+        warnings.warn(f"pruned whole: {', '.join(emptied)}; {advice}", stacklevel=4)
 
 
 def is_concrete(tree: Any) -> bool:

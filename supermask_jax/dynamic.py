@@ -17,7 +17,7 @@ import optax
 
 from supermask_jax.densities import exact, keep_count
 from supermask_jax.leaves import Layout
-from supermask_jax.selection import keep_highest
+from supermask_jax.selection import highest_of_each, keep_highest
 from supermask_jax.supermask import Key, Masks, Params, Scores, Subnet, identity, subnetwork
 from supermask_jax.train import LossFn, TrainState
 from supermask_jax.trees import (
@@ -150,12 +150,12 @@ def drop_and_grow(
     left = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
     parts = per_layer(fraction, stacks_of(masks, layout))
     stay = {layer: keep_count(1 - _fraction(part), left[layer]) for layer, part in parts.items()}
-    kept = keep_highest(_magnitudes(weights, masks), stay, masks, layout=layout)
+    kept = highest_of_each(_magnitudes(weights, masks), stay, masks, layout=layout)
     growth = jax.tree.map(
         lambda weight, mask, score: None if mask is None else at_most_32_bits(score), weights, masks, growth
     )
     candidates = jax.tree.map(lambda mask: 1 - mask, kept)
-    grown = keep_highest(growth, {layer: left[layer] - stay[layer] for layer in left}, candidates, layout=layout)
+    grown = highest_of_each(growth, {layer: left[layer] - stay[layer] for layer in left}, candidates, layout=layout)
     return jax.tree.map(lambda old, new: old + new.astype(old.dtype), kept, grown)
 
 

@@ -15,7 +15,7 @@ import optax
 
 from supermask_jax.densities import exact, keep_count
 from supermask_jax.leaves import Layout
-from supermask_jax.selection import keep_highest, keep_highest_of_all, random_scores
+from supermask_jax.selection import highest_of_each, keep_highest, keep_highest_of_all, random_scores
 from supermask_jax.trees import (
     Tree,
     Where,
@@ -219,7 +219,7 @@ def random_like(key: jax.Array, masks: Tree, *, layout: Layout | None = None) ->
       ValueError: masks that are not 0/1.
     """
     counts = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
-    drawn = keep_highest(random_scores(key, masks, where=lambda path, leaf: True), counts, layout=layout)
+    drawn = highest_of_each(random_scores(key, masks, where=lambda path, leaf: True), counts, layout=layout)
     return jax.tree.map(lambda mask, new: new.astype(mask.dtype), masks, drawn)
 
 

@@ -19,6 +19,7 @@ class View(NamedTuple):
     cut: frozenset[int] = frozenset()  # axes of the leaf of which one entry was taken, and that are still there
     keeps_zero: bool = True  # whether an entry of 0 is still 0
     rescales: bool = False  # whether it multiplies a larger leaf
+    changed: str | None = None  # the first operation after which its numbers are no longer all of the leaf's
 
     def real(self) -> int:
         """How many entries of the leaf it runs over."""

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supermask_jax.checks import check_arrays, check_counts, check_scores, is_concrete, is_count, warn_of_emptied
+from supermask_jax.checks import (
+    check_arrays,
+    check_counts,
+    check_scores,
+    is_concrete,
+    is_count,
+    warn_of,
+    warn_of_emptied,
+)
 from supermask_jax.densities import keep_count
 from supermask_jax.draws import unit_uniform
 from supermask_jax.leaves import Layout, leaf_of, stack_of, unknown_axes
@@ -52,13 +60,31 @@ def keep_highest(
         it of Flax's layers under `nn.scan`.
 
     Returns:
-      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`.
+      Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`. A warning names the layers whose count
+      is 0, as far as that is known, if other layers keep something.
 
     Raises:
       ValueError: NaN scores, a count out of range (also: more than `within` keeps), or paths that do not match. Under
         jit values are not known: NaN then ranks by its sign, beyond all numbers, and counts are not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
+    masks, emptied, layers = _highest_of_each(scores, counts, within, layout)
+    if len(emptied) < layers:  # who asks for no weight gets none
+        warn_of(emptied, "a higher density or count there keeps a weight")
+    return masks
+
+
+def highest_of_each(
+    scores: Tree, counts: Mapping[str, int], within: Tree | None = None, layout: Layout | None = None
+) -> Tree:
+    """Returns the masks of `keep_highest`, without a warning where a layer keeps nothing."""
+    return _highest_of_each(scores, counts, within, layout)[0]
+
+
+def _highest_of_each(
+    scores: Tree, counts: Mapping[str, int], within: Tree | None, layout: Layout | None
+) -> tuple[Tree, list[str], int]:
+    """(the masks, the layers of which they keep nothing, how many layers there are)."""
     check_arrays(scores)
     leaves = by_path(scores)
     allowed = per_path(by_path(within), leaves) if within is not None else {}
@@ -66,20 +92,20 @@ def keep_highest(
         check_scores(path, score, allowed.get(path))
     stacks = {path: stack_of(path, score.shape, layout) for path, score in leaves.items()}
     layers = {path: tuple(leaves[path].shape[axis] for axis in stack) for path, stack in stacks.items()}
-    numbers, keys, wanted = per_layer(counts, layers), [], []
+    numbers, keys, wanted, emptied = per_layer(counts, layers), [], [], []
     for path, score in leaves.items():
         forth = (stacks[path], range(len(stacks[path])))
         key, mask = order_key(score, allowed.get(path)), allowed.get(path)
         keys.append(jnp.moveaxis(key, *forth) if stacks[path] else key)
         own = {name: numbers[name] for name in (layer_name(path, i) for i in np.ndindex(*layers[path]))}
-        check_counts(own, score, mask if mask is None or not stacks[path] else jnp.moveaxis(mask, *forth))
+        emptied += check_counts(own, score, mask if mask is None or not stacks[path] else jnp.moveaxis(mask, *forth))
         wanted.append(_as_array(list(own.values()), layers[path]))
     masks = highest(keys, wanted, tuple(range(len(keys))), tuple(map(len, stacks.values())))
     back = {
         path: jnp.moveaxis(mask, range(len(stacks[path])), stacks[path]) if stacks[path] else mask
         for path, mask in zip(leaves, masks, strict=True)
     }
-    return _as_tree(scores, back)
+    return _as_tree(scores, back), emptied, len(numbers)
 
 
 def layerwise_masks(scores: Tree, density: float | Mapping[str, float], *, layout: Layout | None = None) -> Tree:
@@ -197,7 +223,7 @@ def _with_minimum(scores: Tree, count: int, within: Tree | None, minimum: int, l
     least = {name: min(minimum, ones) for name, (ones, _) in layer_counts(within, layout).items()}
     if sum(least.values()) > count:
         raise ValueError(f"{count} weights are too few for {minimum} in every layer")
-    reserved = keep_highest(scores, least, within, layout=layout)
+    reserved = highest_of_each(scores, least, within, layout)
     others = jax.tree.map(lambda there, own: there - own.astype(there.dtype), within, reserved)
     return jax.tree.map(jnp.add, reserved, highest_of_all(scores, count - sum(least.values()), others))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supermask_jax.checks import warn_of_emptied
 from supermask_jax.densities import exact
 from supermask_jax.draws import symmetric_uniform, unit_uniform
 from supermask_jax.leaves import FanIn, Layout, stack_of
@@ -116,7 +117,8 @@ def threshold(t: float = 0.0) -> MaskFn:
       t: the threshold, finite. With 0 and the scores of `init_scores`, about half of the weights are kept at first.
 
     Returns:
-      mask_fn(scores, key) -> masks, which ignores the key.
+      mask_fn(scores, key) -> masks, which ignores the key. A warning names the layers that keep nothing (not under
+      jit, where values are not known).
 
     Raises:
       ValueError: the threshold is not finite; when the masks are made, NaN scores (not under jit, where values are not
@@ -133,7 +135,9 @@ def threshold(t: float = 0.0) -> MaskFn:
         return (score > t).astype(score.dtype)
 
     def mask_fn(scores: Scores, key: Key | None = None) -> Masks:
-        return straight_through(scores, lambda scores: map_with_name(keep, scores))
+        masks = straight_through(scores, lambda scores: map_with_name(keep, scores))
+        warn_of_emptied(masks, advice=f"no score there is above {t:g}")
+        return masks
 
     return mask_fn
 
@@ -144,7 +148,8 @@ def bernoulli() -> MaskFn:
     With a key, mask = u < sigmoid(score), u uniform in [0, 1) and drawn from the key and the leaf's path. With None,
     mask = score > 0, the likelier value of each; that keeps nothing where the scores are all 0 (`zero_scores`).
     The gradient is straight-through to the probability, also for weights that are pruned now:
-    dL/ds = w * dL/d(w * m) * p * (1 - p), p = sigmoid(s). How many weights are kept is an outcome, not a setting.
+    dL/ds = w * dL/d(w * m) * p * (1 - p), p = sigmoid(s). How many weights are kept is an outcome, not a setting; a
+    warning names the layers that keep nothing (not under jit, where values are not known).
 
     Raises:
       ValueError: when the masks are made, NaN scores (not under jit, where values are not known: there such a weight
@@ -159,7 +164,9 @@ def bernoulli() -> MaskFn:
             uniform = None if key is None else unit_uniform(leaf_key(key, path), score.shape)
             return bernoulli_mask(score, uniform)
 
-        return map_with_name(draw, scores)
+        masks = map_with_name(draw, scores)
+        warn_of_emptied(masks, advice="the scores there are too low")
+        return masks
 
     return mask_fn
 

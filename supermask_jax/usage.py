@@ -1,11 +1,12 @@
 """What a traced network does with each leaf of its weights: which axes its products sum, and which they leave.
 
 Each leaf is followed, axis by axis, through operations that move or change its numbers, to the matrix products and
-convolutions that multiply it with data. Names matter only where two leaves meet in a product.
+convolutions that multiply it with data, which are counted. Names matter only where two leaves meet in a product.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -41,6 +42,8 @@ KEEP_ZERO = {
 }
 """Operations that make 0 of 0, so that a pruned weight stays pruned; of `max` and `min`, with 0, as in ReLU."""
 LOOPS = {"scan": "scan", "while": "loop", "cond": "branches"}  # {primitive: the method that walks it}
+CUTS = {"slice", "dynamic_slice", "pad"}
+"""Moves after which the numbers are some of the leaf's, or more than those."""
 MIXES = {"sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "cholesky", "triangular_solve", "fft"}
 """Operations whose results have the shape of their operands, and are not made entry by entry."""
 
@@ -53,14 +56,38 @@ def uses(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -
       weights: every parameter of the network; shapes are enough.
       example: what the network reads: a batch, or its shapes.
     """
+    return _followed(apply_fn, weights, example).found
+
+
+def multiplications(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -> dict[str, int]:
+    """Returns {path: multiplications of the leaf's weights with data in apply_fn(weights, example)}; 0 where none is.
+
+    Every weight of a leaf is multiplied equally often: its size divides the number.
+
+    Args:
+      apply_fn: apply_fn(weights, example) -> outputs; it is traced, not run.
+      weights: every parameter of the network; shapes are enough.
+      example: what the network reads: a batch, or its shapes.
+
+    Raises:
+      ValueError: how often each weight of a leaf is used is not known: the leaf is cut, shifted or mixed with another
+        one before it is multiplied, or that happens in `lax.cond`, `lax.while_loop`, or for rows that the data choose.
+    """
+    follow = _followed(apply_fn, weights, example)
+    for path, doubt in follow.doubts.items():
+        raise ValueError(f"{path!r} {doubt}: how often each of its weights is used cannot be counted")
+    return follow.counted
+
+
+def _followed(apply_fn: Callable[[Tree, Tree], Tree], weights: Tree, example: Tree) -> "_Follow":
     leaves = by_path(weights)
-    found: dict[str, list[Use]] = {path: [] for path in leaves}
     jaxpr = jax.make_jaxpr(apply_fn)(weights, example).jaxpr
     known: list[Value] = [_seed(path, shape_of(leaf)) for path, leaf in leaves.items()]
     known += [DATA] * (len(jaxpr.invars) - len(known))
     inputs = {path for path, leaf in leaves.items() if no_kernel(path, shape_of(leaf)) and not low_rank(path, leaf)}
-    _Follow(found, inputs).run(jaxpr, known)
-    return found
+    follow = _Follow(leaves, inputs)
+    follow.run(jaxpr, known)
+    return follow
 
 
 def _seed(path: str, shape: tuple[int, ...]) -> Value:
@@ -68,11 +95,22 @@ def _seed(path: str, shape: tuple[int, ...]) -> Value:
 
 
 class _Follow:
-    """Walks the operations of a jaxpr, and notes what they do with the leaves."""
+    """Walks the operations of a jaxpr, and notes what they do with the leaves, and how often."""
 
-    def __init__(self, found: dict[str, list[Use]], inputs: set[str]):
-        self.found = found
+    def __init__(self, paths: Iterable[str], inputs: set[str]):
+        self.found: dict[str, list[Use]] = {path: [] for path in paths}
+        self.counted = dict.fromkeys(self.found, 0)  # multiplications with data
+        self.doubts: dict[str, str] = {}  # why those of a leaf cannot be counted
         self.inputs = inputs  # paths of leaves that, by their names, are no kernels
+        self.times: int | str = 1  # how often the operations run; or the operation inside which that is not known
+
+    @contextlib.contextmanager
+    def repeated(self, times: int | str) -> Iterator[None]:
+        outer = self.times
+        if isinstance(outer, int) and outer:
+            self.times = times if isinstance(times, str) else outer * times
+        yield
+        self.times = outer
 
     def note(self, views: Sequence[View], use: Use) -> None:
         for view in views:
@@ -96,7 +134,8 @@ class _Follow:
         if name in LOOPS:
             return getattr(self, LOOPS[name])(eqn, operands)
         if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):  # jit, remat, custom derivatives
-            return self.run(inner[0], operands)
+            with self.repeated(1 if _shapes(inner[0].invars) == _shapes(eqn.invars) else name):  # not shard_map
+                return self.run(inner[0], operands)
         if not any(isinstance(operand, tuple) for operand in operands):
             result = DATA if DATA in operands else PARAMETER if PARAMETER in operands else None
             return [result] * len(eqn.outvars)
@@ -106,30 +145,29 @@ class _Follow:
             return [self.convolution(eqn, operands)]
         if name == "gather":
             return [self.gather(eqn, operands)]
-        shapes, out = [shape_of_variable(v) for v in eqn.invars], shape_of_variable(eqn.outvars[0])
+        shapes, out = _shapes(eqn.invars), shape_of_variable(eqn.outvars[0])
         if name == "select_n":  # what is chosen counts, not by what
-            return [self.joined(operands[1:])]
+            return [self.joined(name, operands[1:])]
         if name == "concatenate":
-            return [self.joined(operands)]
+            return [self.joined(name, operands)]
         if name == "split":
             views = _views(operands[0])
-            return [
-                tuple(sliced(view, eqn, shapes[0], shape_of_variable(part)) for view in views) for part in eqn.outvars
-            ]
+            parts = [tuple(sliced(view, eqn, shapes[0], shape) for view in views) for shape in _shapes(eqn.outvars)]
+            return [_changed(name, part) for part in parts]
         if name.startswith("ragged_dot"):
             return [self.ragged_dot(eqn, operands)]
         if isinstance(operands[0], tuple) and name in MOVED and (name != "pad" or operands[1] != DATA):
-            moved = tuple(MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
-            return [moved] * len(eqn.outvars)
+            moved: Value = tuple(MOVED[name](view, eqn, shapes[0], out) for view in operands[0])
+            return [_changed(name, moved) if name in CUTS else moved] * len(eqn.outvars)
         if name not in MIXES and all(_fits(shape, out) for shape in shapes):
             return [self.elementwise(name, operands, shapes, len(out))] * len(eqn.outvars)
         return [self.other(name, operands)] * len(eqn.outvars)
 
-    def joined(self, operands: Sequence[Value]) -> Value:
+    def joined(self, name: str, operands: Sequence[Value]) -> Value:
         """What lies beside the others, or is one of them; with data, a leaf ends there."""
         if DATA in operands:
             self.note([view for operand in operands for view in _views(operand)], Use("added"))
-        return _several(operands)
+        return _changed(name, _several(operands))
 
     def elementwise(self, name: str, operands: list[Value], shapes: list[tuple[int, ...]], rank: int) -> Value:
         views = []
@@ -144,7 +182,9 @@ class _Follow:
                 self.note([view], Use(scaled if name in ("mul", "div") else "added"))
             return DATA
         largest = max(view.real() for view in views)
-        return tuple(dict.fromkeys(view._replace(rescales=view.rescales or view.real() < largest) for view in views))
+        made = tuple(dict.fromkeys(v._replace(rescales=v.rescales or v.real() < largest) for v in views))
+        alike = {view.path for view in made if not view.rescales}
+        return made if len(alike) == 1 and all(view.keeps_zero for view in made) else _changed(name, made)
 
     def other(self, name: str, operands: list[Value]) -> Value:
         """An operation that is not followed: with data, the leaf ends there."""
@@ -155,15 +195,31 @@ class _Follow:
             return DATA
         if name.startswith("reduce") or name in ("argmax", "argmin"):  # a norm, a mean: not the weights
             return PARAMETER
-        return tuple(view._replace(axes=None) for view in views)
+        return _changed(name, tuple(view._replace(axes=None) for view in views))
+
+    def multiplied(self, eqn: core.JaxprEqn, operands: list[Value], side: int, uses: Sequence[Use]) -> Value:
+        """Notes the use of each leaf of one operand in a product with the other, and counts it."""
+        other = operands[1 - side]
+        for view, use in zip(_views(operands[side]), uses, strict=True):
+            self.note([view], use)
+            if view.rescales or other is None or not self.times:
+                continue
+            if view.changed:
+                self.doubts.setdefault(view.path, f"goes through {view.changed!r} before it is multiplied with data")
+            elif isinstance(self.times, str):
+                self.doubts.setdefault(view.path, f"is multiplied with data inside {self.times!r}")
+            else:
+                self.counted[view.path] += self.times * _multiplications(eqn)
+        return DATA if other == DATA else PARAMETER
 
     def dot(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
         (summed, batched) = eqn.params["dimension_numbers"]
         operands = [self.plain(operand, operands[1 - side]) for side, operand in enumerate(operands)]
         kernels = [isinstance(operand, tuple) for operand in operands]
         if kernels[0] == kernels[1]:  # of two leaves neither is data, and the names must tell
-            for operand in operands:
-                self.note(_views(operand), Use("lost"))
+            for view in (view for operand in operands for view in _views(operand)):
+                self.note([view], Use("lost"))
+                self.doubts.setdefault(view.path, "is multiplied with another leaf")
             return PARAMETER
         side = kernels.index(True)
         roles = ["out"] * len(shape_of_variable(eqn.invars[side]))
@@ -171,9 +227,7 @@ class _Follow:
             roles[axis] = "in"
         for axis in batched[side]:
             roles[axis] = "stack"
-        for view in _views(operands[side]):
-            self.note([view], _product(view, roles))
-        return operands[1 - side] or PARAMETER
+        return self.multiplied(eqn, operands, side, [_product(view, roles) for view in _views(operands[side])])
 
     def ragged_dot(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
         """A product of each row with the matrix of its group."""
@@ -185,9 +239,8 @@ class _Follow:
         for axis in summed:
             roles[axis] = "in"
         self.note(_views(operands[0]), Use("lost"))
-        for view in _views(operands[1]):
-            self.note([view], _product(view, roles))
-        return DATA if DATA in operands else PARAMETER
+        with self.repeated(eqn.primitive.name):  # the data choose the rows of each matrix
+            return self.multiplied(eqn, operands, 1, [_product(view, roles) for view in _views(operands[1])])
 
     def plain(self, value: Value, other: Value) -> Value:
         """PARAMETER in place of leaves that are no kernels by their names, where they meet another leaf in a product.
@@ -207,6 +260,7 @@ class _Follow:
         roles = ["window"] * len(dimensions)
         roles[dimensions[0]], roles[dimensions[1]] = "out", "in"
         groups, spacing = eqn.params["feature_group_count"], math.prod(eqn.params["lhs_dilation"])
+        uses = []
         for view in kernel:
             own = groups
             if view.axes is not None and groups > 1:  # jax.vmap makes a grouped convolution of many
@@ -215,8 +269,8 @@ class _Follow:
                     axes = tuple(outputs[1:] if axis == dimensions[0] else a for axis, a in enumerate(view.axes))
                     view = view._replace(axes=axes, picked=view.picked | {outputs[0][0]})
                     own = groups // outputs[0][1]
-            self.note([view], _product(view, roles, own, spacing))
-        return DATA if DATA in operands else PARAMETER
+            uses.append(_product(view, roles, own, spacing))
+        return self.multiplied(eqn, operands, 1, uses)
 
     def gather(self, eqn: core.JaxprEqn, operands: list[Value]) -> Value:
         views, indices = _views(operands[0]), operands[1]
@@ -249,28 +303,31 @@ class _Follow:
             tables = [view for view in made if view.axes is None or _long(view) < 2]
             self.note(tables, Use("looked up"))
             made = [view for view in made if view not in tables]
-        return tuple(made) or DATA
+        return _changed("gather", tuple(made)) or DATA
 
     def scan(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         jaxpr = eqn.params["jaxpr"].jaxpr
         rows = [row_of(operand) for operand in operands[constants + carries :]]
         carry = operands[constants : constants + carries]
-        for _ in range(2):  # from the second round on, what the first one made
-            outs = self.run(jaxpr, [*operands[:constants], *carry, *rows])
+        for times in (0, eqn.params["length"]):  # from the second round on, what the first one made
+            with self.repeated(times):
+                outs = self.run(jaxpr, [*operands[:constants], *carry, *rows])
             carry = [_joined(old, new) for old, new in zip(carry, outs[:carries], strict=True)]
         return [*carry, *(DATA if out == DATA else PARAMETER if out else None for out in outs[carries:])]
 
     def branches(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
-        results = [self.run(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
+        with self.repeated("cond"):
+            results = [self.run(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
         outs = [_several(values) for values in zip(*results, strict=True)]
         return [DATA if operands[0] == DATA and out is not None else out for out in outs]
 
     def loop(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         before, constants = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         body, carry = operands[before : before + constants], operands[before + constants :]
-        for _ in range(2):
-            outs = self.run(eqn.params["body_jaxpr"].jaxpr, [*body, *carry])
+        for times in (0, "while"):
+            with self.repeated(times):
+                outs = self.run(eqn.params["body_jaxpr"].jaxpr, [*body, *carry])
             carry = [_joined(old, new) for old, new in zip(carry, outs, strict=True)]
         return carry
 
@@ -297,6 +354,24 @@ def _product(view: View, roles: Sequence[str], groups: int = 1, spacing: int = 1
     return Use("product", found, groups, spacing, view.keeps_zero)
 
 
+def _multiplications(eqn: core.JaxprEqn) -> int:
+    """The size of what comes out, times the number of products that each entry sums."""
+    left, right = _shapes(eqn.invars)
+    dimensions = eqn.params["dimension_numbers"]
+    if eqn.primitive.name == "dot_general":
+        summed = math.prod(left[axis] for axis in dimensions[0][0])
+    else:
+        summed = math.prod(right[axis] for axis in dimensions.rhs_spec[1:])
+    return summed * math.prod(shape_of_variable(eqn.outvars[0]))
+
+
+def _changed(name: str, value: Value) -> Value:
+    """What is known of a value after an operation whose results are no longer the weights of its leaves, one by one."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(view._replace(changed=view.changed or name) for view in value)
+
+
 def _long(view: View) -> int:
     """How many axes are longer than 1."""
     return sum(any(size > 1 for _, size in atoms) for atoms in view.axes or ())
@@ -305,6 +380,10 @@ def _long(view: View) -> int:
 def _fits(shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
     """Whether an operand of that shape is combined with others entry by entry."""
     return not shape or (len(shape) == len(out) and all(a in (1, b) for a, b in zip(shape, out, strict=True)))
+
+
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [shape_of_variable(variable) for variable in variables]
 
 
 def _views(value: Value) -> tuple[View, ...]:

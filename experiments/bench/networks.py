@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import supermask_jax as sm
 from experiments.bench.cost_model import Network
 from supermask_jax import models, parallel
-from supermask_jax.flops import products_with_data
 from supermask_jax.trees import by_path
+from supermask_jax.usage import multiplications
 
 NETWORKS: Mapping[str, tuple[nn.Module, tuple[int, int, int]]] = {  # {name: (model, shape of an image)}
     "mnist-convnet": (models.MnistConvNet(), (28, 28, 1)),  # 1.2 million scores
@@ -43,7 +43,7 @@ def describe(name: str) -> Network:
         scores={path: leaf.shape for path, leaf in by_path(shapes["params"]).items()},
         channels=sum(norms),
         norms=len(norms),
-        flops=2 * sum(products_with_data(apply, shapes["params"], image).values()),
+        flops=2 * sum(multiplications(apply, shapes["params"], images).values()),
         activations=sum(leaf.size for leaf in jax.tree.leaves(seen)),
     )
 

@@ -347,7 +347,16 @@ def with_custom_derivative(params, x):
     return product(product(x, params["kernel"]), params["kernel"]) @ params["other"]
 
 
-@pytest.mark.parametrize("apply_fn", (reused, scanned, carried, placed, per_example, with_custom_derivative))
+def rescaled(params, x):
+    """Twice a kernel of which 0 stays 0: divided by its norm, and squashed."""
+    kernel = params["kernel"] / jnp.linalg.norm(params["kernel"], axis=0, keepdims=True)
+    return jnp.tanh(x @ kernel) @ jnp.tanh(params["kernel"]) @ (params["other"] * 0.5)
+
+
+EACH = (reused, scanned, carried, placed, per_example, with_custom_derivative, rescaled)
+
+
+@pytest.mark.parametrize("apply_fn", EACH)
 def test_a_kernel_used_twice_counts_twice(apply_fn):
     masks = {"kernel": np.eye(4), "other": np.triu(np.ones((4, 4)))}
     assert metrics.layer_flops(apply_fn, SQUARE, masks, (4,)) == {"kernel": 2 * 2 * 4, "other": 2 * 10}
@@ -369,6 +378,11 @@ def test_stacked_layers_under_scan_are_each_used_once():
     assert metrics.flops(apply_fn, weights, masks, (4,)) == 2 * (4 + 0 + 16)
 
 
+def by_group(params, x):
+    sizes = jnp.array([1, 0], jnp.int32)
+    return jax.lax.ragged_dot(x, params["kernel"].reshape(2, 4, 2), sizes) @ params["other"][:2]
+
+
 def in_cond(params, x):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ params["kernel"], lambda: x) @ params["other"]
 
@@ -385,12 +399,18 @@ def in_while(params, x):
         (lambda params, x: x * params["kernel"][:1] @ params["other"], "with none of the weights of kernel"),
         (lambda params, x: x @ params["other"] + jnp.ones((1, 4)) @ params["kernel"], "none of the weights of kernel"),
         (lambda params, x: x @ (params["kernel"] - 1) @ params["other"], "'kernel' goes through 'sub' before"),
-        (lambda params, x: x @ (params["kernel"] @ params["other"]), "'kernel' goes through 'dot_general' before"),
+        (lambda params, x: x @ (params["kernel"] @ params["other"]), "'kernel' is multiplied with another leaf"),
         (lambda params, x: x @ params["kernel"][:, :2], "'kernel' goes through 'slice' before"),
-        (in_cond, "inside 'cond', which uses kernel"),
-        (in_while, "inside 'while', which uses kernel"),
+        (lambda params, x: x @ jnp.concatenate([params["kernel"], params["other"]], 1), "goes through 'concatenate'"),
+        (lambda params, x: x @ (params["kernel"] * params["other"]), "goes through 'mul' before"),
+        (by_group, "multiplied with data inside 'ragged_dot"),
+        (in_cond, "'kernel' is multiplied with data inside 'cond'"),
+        (in_while, "'kernel' is multiplied with data inside 'while'"),
     ],
-    ids=("unused", "closed_over", "elementwise", "with_constants", "shifted", "merged", "sliced", "cond", "while"),
+    ids=(
+        *("unused", "closed_over", "elementwise", "with_constants", "shifted", "merged", "sliced", "beside", "both"),
+        *("groups", "cond", "while"),
+    ),
 )
 def test_a_masked_kernel_whose_products_cannot_be_counted_is_named(apply_fn, message):
     masks = {"kernel": np.eye(4), "other": None}
