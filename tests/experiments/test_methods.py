@@ -137,6 +137,7 @@ def test_what_learns_changes_in_every_leaf(name):
     assert before and all(not np.array_equal(before[path], after[path]) for path in before)
 
 
+@pytest.mark.filterwarnings("ignore:pruned whole")  # scores of 0 keep nothing
 @masked_method
 @pytest.mark.parametrize("key", [None, 5])
 def test_masks_are_binary_before_and_after_training(name, key):
