@@ -76,6 +76,11 @@ CIFAR: Recipes = {
 }
 
 
+def best_recipe(dataset: str, method: str) -> dict:
+    """The settings of our best recipe for a method on a data set, as far as they differ from the fields' defaults."""
+    return recipe(CIFAR, "quick", method) if dataset.startswith("cifar") else recipe(MNIST, "best", method)
+
+
 def recipe(recipes: Recipes, preset: str, method: str) -> dict:
     """The settings of a preset for a method, as far as they differ from the fields' own defaults.
 

@@ -209,12 +209,12 @@ class Evaluation:
     assess: bool = False
     """Measure calibration, out-of-distribution detection, adversarial robustness (FGSM, 8/255) and, after each epoch,
     the gradient's norm over the kept weights."""
-    ood: Literal["none", *(name for name in DATASETS if name not in ("auto", "idx"))] = "none"
-    """With --assess: an out-of-distribution data set, beside Gaussian noise."""
+    ood: tuple[Literal[*(name for name in DATASETS if name not in ("auto", "idx"))], ...] = ()
+    """With --assess: out-of-distribution data sets, beside Gaussian noise."""
 
     def check(self) -> None:
         """Raises UserError on settings that do not go together."""
-        if self.ood != "none" and not self.assess:
+        if self.ood and not self.assess:
             raise UserError("--ood names the images that --assess measures on: add --assess.")
 
 

@@ -71,8 +71,10 @@ def unread(config) -> set[str]:
     values, options, read = flat(config), set(), set()
     for field, choices in CHOICES.items():
         if field in values:
-            options |= {name for entry in choices.values() for name in getattr(entry, "reads", ())}
-            read |= set(getattr(choices[values[field]], "reads", ()))
+            own = {choice: set(getattr(entry, "reads", ())) for choice, entry in choices.items()}
+            of_field = set().union(*own.values())
+            options |= of_field
+            read |= own.get(values[field], of_field)  # a sweep has names of its own, for families of models
     if values.get("method") == "gradual" and values["distribution"] == "global":
         read -= {"rounds", "minimum"}  # it ranks while it trains, and not before
     return (options - read) & set(values)

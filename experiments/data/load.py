@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,17 @@ def directory(data_dir: str | os.PathLike | None = None) -> Path:
     return Path(os.path.abspath(os.path.expanduser(root)))
 
 
-def load_ood(name: str, data_dir: str | os.PathLike | None, trained_on: Dataset) -> Dataset | None:
-    """The out-of-distribution data set of that name, for a network trained on another one; None for "none".
+def load_ood(names: Iterable[str], data_dir: str | os.PathLike | None, trained_on: Dataset) -> tuple[Dataset, ...]:
+    """The out-of-distribution data sets of these names, for a network trained on another one.
 
     Raises:
       UserError: it is the set that the network is trained on, or its images have another shape.
       DataError: as `load`.
     """
-    if name == "none":
-        return None
+    return tuple(_load_other(name, data_dir, trained_on) for name in dict.fromkeys(names))
+
+
+def _load_other(name: str, data_dir: str | os.PathLike | None, trained_on: Dataset) -> Dataset:
     _require_another(name, trained_on)
     dataset = load(name, data_dir)
     _require_another(dataset.name, trained_on)  # "auto" and "idx" have their true name by now
@@ -72,5 +75,5 @@ def _require_another(name: str, trained_on: Dataset) -> None:
     if name == trained_on.name or {name, trained_on.name} <= SAME_IMAGES:
         raise UserError(
             f"the out-of-distribution data set {name} has the images that the network is trained on "
-            f"({trained_on.name}); name another set, or none."
+            f"({trained_on.name}); name another set, or leave --ood out."
         )

@@ -31,7 +31,7 @@ PARTS = {  # of `pruning_only`: the column on the x axis, and its label
     "data": ("train_images", "training images, equal steps with each"),
 }
 FORMS = {"product": "the nearest product", "subset-sum": "the nearest sum of products"}  # of the construction
-UNITS = {"cnn": "channels"}  # of a hidden layer; "units" in other networks
+SIZES = {"cnn": "channels of each hidden layer", "resnet": "channels of the first stage"}  # of networks, by their width
 
 Rows = list[dict[str, Any]]
 
@@ -101,7 +101,7 @@ def distributions(summary: dict):
     ]
     panels = [panel for panel in panels if all(row.get(panel[2]) is not None for row in rows)]
     lines, columns = (2, 3) if len(panels) > 2 else (1, 2)
-    network = f"{config['model']}, {config['depth']} hidden layers of {config['width']}, on {summary['dataset']}"
+    network = f"{_described(config)}, on {summary['dataset']}"
     title = f"{network} · {counted(config['epochs'], 'epoch')} · {seeds_note(config['seeds'])}"
     figure = new_figure(title, 5 * columns, 4.25 * lines + 1)
     for ax, (heading, chosen, y, label) in zip(figure.subplots(lines, columns).ravel(), panels, strict=False):
@@ -119,6 +119,13 @@ def distributions(summary: dict):
     return figure
 
 
+def _described(config: dict) -> str:
+    """The network of a sweep in words."""
+    if config["model"] == "resnet":
+        return f"ResNet-{config['depth']} of width {config['width']}"
+    return f"{config['model']}, {config['depth']} hidden layers of {config['width']}"
+
+
 def sizes(summary: dict):
     """Draws accuracy by width, a panel for each depth: dense, and randomly pruned to each density.
 
@@ -134,10 +141,10 @@ def sizes(summary: dict):
     figure = new_figure(title, 5.6 * len(depths) + 1, 4.6)
     for ax, depth in zip(figure.subplots(1, len(depths), squeeze=False, sharey=True)[0], depths, strict=True):
         chosen = [row for row in rows if row["depth"] == depth]
-        label = f"{UNITS.get(config['model'], 'units')} of each hidden layer"
+        label = SIZES.get(config["model"], "units of each hidden layer")
         draw_lines(ax, grouped(chosen, "name", "width", "test_accuracy"), label, ACCURACY_LABEL, True)
         log_ticks(ax, [row["width"] for row in chosen])
-        ax.set_title(f"hidden layers: {depth}", fontsize=10)
+        ax.set_title(f"ResNet-{depth}" if config["model"] == "resnet" else f"hidden layers: {depth}", fontsize=10)
     # All panels share the axis.
     log_axis(figure.axes[0], as_drawn([row["test_accuracy"] for row in rows], True), accuracy=True)
     figure.axes[0].legend(fontsize=8, edgecolor="none")

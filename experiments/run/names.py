@@ -42,11 +42,18 @@ class Settings(NamedTuple):
 
     def _named(self, names: Mapping[str, str]) -> dict[str, Any]:
         values = json.loads(json.dumps(dict(self.values)))  # as it is read again: a tuple becomes a list
+        if "ood" in values:
+            values["ood"] = _first_ood(values["ood"])
         return {
             names.get(name, name): value
             for name, value in values.items()
             if name not in CHANGE_NO_RESULT and (name not in self.neutral or value != plain(self.neutral[name]))
         }
+
+
+def _first_ood(value: Any) -> Any:
+    """The out-of-distribution data sets as they were stored while there was one at most: its name, or "none"."""
+    return value if isinstance(value, str) or len(value) > 1 else [*value, "none"][0]
 
 
 def plain(value: Any) -> Any:

@@ -6,11 +6,11 @@ widened sweep, and another sweep with a cell of the same settings, read that cel
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config.presets import MNIST, recipe
+from experiments.config.presets import best_recipe
 from experiments.config.run import Run, named
 from experiments.config.sections import Data
 from experiments.config.settings import changed, flat, neutral, refuse_unread
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
 
 def cell(labels: Mapping[str, Any], method: str, **settings: Any) -> Cell:
-    """Returns a run of a method's best recipe, with these settings in place of the recipe's.
+    """Returns a run of a method's best recipe for the data set, with these settings in place of the recipe's.
 
     Args:
       labels: what the sweep calls it.
@@ -48,7 +48,7 @@ def cell(labels: Mapping[str, Any], method: str, **settings: Any) -> Cell:
     Raises:
       UserError: a setting is out of range, or nothing reads an option that is set.
     """
-    base = changed(Run(), **recipe(MNIST, "best", method), checkpoint_every=ONLY_AT_THE_END)
+    base = changed(Run(), **best_recipe(settings.get("dataset", "auto"), method), checkpoint_every=ONLY_AT_THE_END)
     config = changed(base, **settings)
     config.check()
     refuse_unread(config, base)
@@ -60,7 +60,7 @@ def directory(config: Run) -> str:
     return default_path(Settings(flat(config), neutral(Run)), "cells").name
 
 
-def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Dataset | None = None) -> list[dict]:
+def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dataset] = ()) -> list[dict]:
     """Trains the cells and returns a row for each, in their order: its labels, its seed and its figures.
 
     Each cell leaves its files in a directory of `folder`; a finished one is read from there. A cell that is infeasible,
@@ -70,7 +70,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Dataset | No
       cells: what to train.
       dataset: what to train and evaluate on.
       folder: the directory of all cells.
-      ood: the out-of-distribution data set, if the cells measure on one.
+      ood: the out-of-distribution data sets that the cells measure on.
     """
     rows, cells = [], list(cells)
     with Display(len(cells)) as shown:
@@ -92,7 +92,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Dataset | No
     return rows
 
 
-def _finish(config: Run, dataset: Dataset, ood: Dataset | None, shown: Display) -> dict:
+def _finish(config: Run, dataset: Dataset, ood: Sequence[Dataset], shown: Display) -> dict:
     """The summary of a cell; waits where another sweep is training it."""
     while True:
         try:
@@ -115,7 +115,7 @@ def carry_out(
     settings: Mapping[str, Any],
     grid: Iterable[Cell],
     dataset: Dataset,
-    ood: Dataset | None = None,
+    ood: Sequence[Dataset] = (),
     **more: Any,
 ) -> tuple[Path, dict]:
     """Trains, or finishes, the cells of a sweep, and writes its summary.json.

@@ -1,7 +1,7 @@
 """One run from its settings to its files: data, network, method, training, evaluation, summary."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,14 +67,14 @@ def run(config: Run, experiment: str) -> dict:
     return fit(named(config, dataset.name), dataset, experiment, ood)
 
 
-def fit(config: Run, dataset: Dataset, experiment: str, ood: Dataset | None = None, single: bool = True) -> dict:
+def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] = (), single: bool = True) -> dict:
     """Trains, or resumes, or returns the summary of a finished run. Leaves its files in the work directory.
 
     Args:
       config: the settings, as `named` makes them.
       dataset: what to train and evaluate on.
       experiment: the command's name, for the default work directory.
-      ood: an out-of-distribution data set, if the run measures on one.
+      ood: out-of-distribution data sets that the run measures on.
       single: whether it shows its progress and draws pictures; if not, it is one of many runs.
 
     Raises:
@@ -114,14 +114,14 @@ class _Job:
     Fields:
       parts: what it is made of.
       workdir: its files.
-      ood: an out-of-distribution data set, if it measures on one.
+      ood: out-of-distribution data sets that it measures on.
       shows: whether it shows its progress and draws pictures.
       stop_requested: whether a signal has come.
     """
 
     parts: Parts
     workdir: Workdir
-    ood: Dataset | None
+    ood: Sequence[Dataset]
     shows: bool
     stop_requested: Callable[[], bool]
 
@@ -229,7 +229,7 @@ class _Job:
         figures |= summary.sizes(parts.network, *parts.initial, masks)
         if parts.config.evaluation.assess:
             others = {"noise": noise_like(parts.dataset, parts.config.seed)}
-            others |= {self.ood.name: self.ood.test} if self.ood else {}
+            others |= {each.name: each.test for each in self.ood}
             figures |= parts.evaluator.assess(params, state.model_state, test, others)
             figures["gradient_flow"] = [record["gradient_flow"] for record in self.workdir.records()]  # from epoch 0 on
         if processes.is_first():

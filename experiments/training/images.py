@@ -1,6 +1,7 @@
 """Which images a run trains on, and which it is evaluated on, as its settings say."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -36,11 +37,11 @@ def splits(data: Data, dataset: Dataset) -> tuple[Dataset, Split]:
     return rest, split
 
 
-def require_same_images(dataset: Dataset, ood: Dataset | None = None) -> None:
+def require_same_images(dataset: Dataset, ood: Sequence[Dataset] = ()) -> None:
     """Raises UserError unless all processes have the same images in the same order. All processes must call."""
     if jax.process_count() == 1:
         return
     parts = [dataset.fingerprint, dataset.train.labels, dataset.test.labels]
-    for source in [dataset.test, ood.test] if ood else [dataset.test]:
+    for source in [dataset.test, *(each.test for each in ood)]:
         parts.append(source.images if isinstance(source, Arrays) else len(source))
     processes.require_alike(processes.digest(*parts), "the images and their order must be the same")

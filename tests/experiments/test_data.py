@@ -340,13 +340,13 @@ def trained_on(name="mnist", shape=(28, 28, 1)):
 
 
 def test_no_out_of_distribution_set_is_none(tmp_path):
-    assert data.load_ood("none", tmp_path, trained_on()) is None
+    assert data.load_ood([], tmp_path, trained_on()) == ()
 
 
 def test_another_set_of_the_same_shape_is_out_of_distribution(tmp_path):
     write(tmp_path, contents())
-    assert data.load_ood("idx", tmp_path, trained_on()).name == "idx"
-    assert data.load_ood("mnist-5k", tmp_path, trained_on("kmnist")).name == "mnist-5k"
+    assert [each.name for each in data.load_ood(["idx"], tmp_path, trained_on())] == ["idx"]
+    assert [each.name for each in data.load_ood(["mnist-5k"] * 2, tmp_path, trained_on("kmnist"))] == ["mnist-5k"]
 
 
 @pytest.mark.parametrize(
@@ -354,19 +354,19 @@ def test_another_set_of_the_same_shape_is_out_of_distribution(tmp_path):
 )
 def test_the_set_that_was_trained_on_is_not_out_of_distribution(tmp_path, asked, name):
     with pytest.raises(UserError, match=rf"{asked} has the images that the network is trained on \({name}\)"):
-        data.load_ood(asked, tmp_path, trained_on(name))
+        data.load_ood([asked], tmp_path, trained_on(name))
 
 
 @pytest.mark.parametrize("asked", ["auto", "idx"])
 def test_it_is_the_true_name_that_counts(tmp_path, known, asked):
     write(tmp_path, known["mnist"])
     with pytest.raises(UserError, match="mnist has the images that the network is trained on"):
-        data.load_ood(asked, tmp_path, trained_on("mnist-5k"))
+        data.load_ood([asked], tmp_path, trained_on("mnist-5k"))
 
 
 def test_images_of_another_shape_are_refused_with_both_shapes(tmp_path):
     with pytest.raises(UserError, match=r"28 x 28 x 1.* cifar10 takes 32 x 32 x 3"):
-        data.load_ood("mnist-5k", tmp_path, trained_on("cifar10", (32, 32, 3)))
+        data.load_ood(["mnist-5k"], tmp_path, trained_on("cifar10", (32, 32, 3)))
 
 
 # mnist-5k.

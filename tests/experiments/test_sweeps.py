@@ -15,10 +15,12 @@ import PIL.Image
 import pytest
 
 from experiments import bits, compare, pruning_only, random_pruning
+from experiments.config import sized
 from experiments.config.flags import parser
 from experiments.config.registry import METHODS
 from experiments.config.run import Run, named
 from experiments.config.settings import changed, fields, flat, neutral
+from experiments.config.sized import Size
 from experiments.data.source import arrays_dataset
 from experiments.plots import lines, style, sweeps
 from experiments.run.errors import UserError
@@ -271,6 +273,30 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     assert len(names) == 1 + len([*fields(Run)]) - len(elsewhere)
 
 
+def test_a_cell_has_the_best_recipe_for_its_data_set():
+    assert cells.cell({}, "random", dataset="mnist").config.optim.optimizer == "adam"
+    cifar = cells.cell({}, "random", dataset="cifar10", model="resnet-20").config
+    assert (cifar.optim.optimizer, cifar.augment.flip, cifar.model.affine) == ("sgd", True, True)
+
+
+def test_resnets_are_made_from_their_channels_and_layers():
+    configs = [cell.config for cell in random_masks.by_size([Size("resnet", 24, 32)], ("erk",), (0.2,), 1, {})]
+    assert [(c.model.model, c.model.widen, c.masks.method) for c in configs] == [
+        ("resnet-32", 1.5, "dense"),
+        ("resnet-32", 1.5, "random"),
+    ]
+
+
+def test_the_preset_of_resnets_trains_as_published():
+    config = parsed("random_pruning", "--preset", "paper")
+    assert (config.model, config.data.dataset, config.epochs, max(config.depths)) == ("resnet", "cifar10", 160, 110)
+    shared = {**random_masks.PUBLISHED, "dataset": "cifar10", "learning_rate": config.learning_rate}
+    for cell in random_masks.by_distribution(Size("resnet", 16, 20), ("erk",), ("rigl",), (0.1,), 1, shared):
+        optim = cell.config.optim
+        assert (optim.schedule, optim.drop_at, optim.weight_decay) == ("steps", (0.5, 0.75), 5e-4)
+        assert (optim.batch_size, optim.learning_rate, optim.momentum) == (128, 0.1, 0.9)
+
+
 def test_an_option_that_nothing_reads_is_refused_in_a_cell_too():
     for settings in ({"width": 7}, {"drop_fraction": 0.1}, {"stream": True}):
         with pytest.raises(UserError, match="nothing reads --"):
@@ -352,7 +378,8 @@ def test_random_pruning_draws_its_rows(tmp_path, not_trained):
 
 
 def test_every_size_is_trained_dense_and_at_each_density():
-    grid = random_masks.by_size((8, 4), (2, 1), ("erk",), (0.2, 0.7), 2, {"model": "cnn"})
+    sizes = [Size("cnn", width, depth) for depth in (2, 1) for width in (8, 4)]
+    grid = random_masks.by_size(sizes, ("erk",), (0.2, 0.7), 2, {})
     trained = [(cell.config.model.depth, cell.config.model.width) for cell in grid]
     assert trained == [size for size in ((1, 4), (1, 8), (2, 4), (2, 8)) for _ in range(6)]
     for i, cell in enumerate(grid):
@@ -476,7 +503,7 @@ def test_the_construction_comes_nearer_with_more_candidates_on_images_of_any_sha
 
 
 def test_the_families_are_the_networks_that_have_a_width_and_a_depth():
-    assert set(sizes.FAMILIES) == set(random_pruning.SIZED)
+    assert set(sizes.FAMILIES) == set(sized.NAMES) - {sized.RESNET}
 
 
 @pytest.mark.slow
@@ -522,7 +549,8 @@ def test_pruning_only_from_end_to_end(tmp_path, monkeypatch):
 
 
 def parsed(command, *flags):
-    return parser(COMMANDS[command].Config)("x", list(flags))
+    module = COMMANDS[command]
+    return parser(module.Config, getattr(module, "defaults", dict))("x", list(flags))
 
 
 @pytest.mark.parametrize(
@@ -548,8 +576,13 @@ def parsed(command, *flags):
         ("random_pruning", ["--depths", "0"], "--depths must be"),
         ("random_pruning", ["--batch-size", "0"], "--batch-size must be"),
         ("random_pruning", ["--learning-rate", "inf"], "--learning-rate must be above 0, and finite; got inf."),
+        ("random_pruning", ["--preset", "cifar", "--depths", "20", "21"], "a resnet has a --depth of 20, 32, 44"),
         ("random_pruning", ["--stream"], "nothing reads --stream here: it goes with --dataset folder."),
-        ("random_pruning", ["--model", "convnet"], "no model 'convnet': did you mean 'cnn'? There are: mlp, cnn."),
+        (
+            "random_pruning",
+            ["--model", "convnet"],
+            "did you mean 'cnn'? There are: mlp, cnn, resnet.",
+        ),
         ("pruning_only", ["--density", "0"], "--density must be the fraction kept, in (0, 1); got 0.0."),
         ("pruning_only", ["--density", "1"], "got 1.0"),
         ("pruning_only", ["--construction-widths", "1", "33"], "--construction-widths must be each in [1, 32]"),
