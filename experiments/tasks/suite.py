@@ -194,6 +194,7 @@ def _summary(
         "compile_seconds": trainer.compile_seconds,
         "device": summary.machine(),
         "versions": summary.versions(),
+        "date": summary.today(),
         "seed": config.seed,
         "config": plain(flat(config)),
         "data_source": dataset.source,

@@ -274,6 +274,7 @@ class _Job:
             "devices": parts.placement.size,
             "processes": jax.process_count(),
             "versions": summary.versions(),
+            "date": summary.today(),
             "seed": config.seed,
             "config": self.workdir.config(),
             "data_source": dataset.source,

@@ -1,5 +1,6 @@
 """What is recorded of a network: sizes, flips, and the summary of a run."""
 
+import datetime
 import importlib.metadata
 import platform
 
@@ -47,6 +48,11 @@ def layer_counts(weights: Tree, masks: Tree) -> dict[str, tuple[int, int]]:
 def machine() -> str:
     """The device that this process computes on."""
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
+
+
+def today() -> str:
+    """The date, as 2026-01-31."""
+    return datetime.date.today().isoformat()
 
 
 def versions() -> dict[str, str]:

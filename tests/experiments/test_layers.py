@@ -10,7 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-LAYERS = [{"command"}, {"sweeps", "tickets", "tasks", "bench"}, {"training"}, {"data", "plots"}, {"config"}, {"run"}]
+LAYERS = [
+    {"command"},
+    {"sweeps", "tickets", "tasks", "bench", "reports"},
+    {"training"},
+    {"data", "plots"},
+    {"config"},
+    {"run"},
+]
 LAYERS += [{"supermask_jax"}]  # which knows of no experiment: a table of its own says so
 LONGEST = 60  # lines of a function
 
@@ -25,6 +32,7 @@ LIBRARIES = {
     "tickets": {"numpy", "jax", "optax", "rich"},
     "tasks": {"numpy", "jax", "optax", "rich"},
     "sweeps": {"numpy", "jax", "optax", "rich"},
+    "reports": set(),
     "bench": {"numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
 }
 
