@@ -1,6 +1,7 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
-With --scaling, it measures what several devices cost instead; with --inference, the inference of masked networks.
+With --cifar, it measures the networks of CIFAR-10 instead; with --scaling, what several devices cost; with --inference,
+the inference of masked networks.
 Figures are ratios within one run, because absolute times differ between machines and from day to day.
 """
 
@@ -17,12 +18,15 @@ PROG = "python -m experiments.benchmark"
 
 @dataclass(frozen=True)
 class Config:
-    """Measure the MNIST convnet's training step and the selection of the highest scores."""
+    """Measure training steps, and the selection of the highest scores."""
 
     rounds: int = 30
     """Times that each candidate is measured; the candidates take turns."""
     batch_sizes: tuple[int, ...] = (64, 512)
     """Images per step."""
+    cifar: bool = False
+    """Measure Conv2, Conv4, ResNet-20 and ResNet-18 on images of CIFAR-10's shape instead of the MNIST convnet. The
+    batch sizes are not used: it is 128."""
     skip_torch: bool = False
     """Leave PyTorch out; it is also left out where it is not installed."""
     scaling: bool = False
@@ -34,7 +38,7 @@ class Config:
     soak_seconds: int = 15
     """With --scaling, how long a run is watched that saves once a second."""
     output: str | None = None
-    """The JSON file to write. [runs/benchmark/benchmark.json, or scaling.json or inference.json there]"""
+    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json or inference.json there]"""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -44,13 +48,14 @@ class Config:
             ("soak_seconds", self.soak_seconds >= 1, "1 or more"),
             ("batch_sizes", min(self.batch_sizes, default=0) >= 1, "1 or more each"),
         )
-        if self.scaling and self.inference:
-            raise UserError("--scaling and --inference measure different things: give one of them.")
+        if self.scaling + self.inference + self.cifar > 1:
+            raise UserError("--cifar, --scaling and --inference measure different things: give one of them.")
 
     @property
     def measures(self) -> str:
         """What is measured; the name of the file."""
-        return "scaling" if self.scaling else "inference" if self.inference else "benchmark"
+        kinds = {"scaling": self.scaling, "inference": self.inference, "cifar": self.cifar}
+        return next((kind for kind, chosen in kinds.items() if chosen), "benchmark")
 
 
 def main(config: Config) -> dict:
@@ -73,6 +78,8 @@ def main(config: Config) -> dict:
     elif config.inference:
         measured = inference.measure(config.rounds, console.status)
         print(inference.results_table(measured))
+    elif config.cifar:
+        measured = one_device.measure_cifar(config.rounds, not no_torch, console.status)
     else:
         measured = one_device.measure(config.rounds, config.batch_sizes, not no_torch, console.status)
     result = {"about": about, **measured}

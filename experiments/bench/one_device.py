@@ -15,7 +15,8 @@ import numpy as np
 import supermask_jax as sm
 from experiments.bench.rows import compared, interleaved, row
 from experiments.bench.torch_steps import torch_steps
-from experiments.bench.train_step import DENSITY, OurStep, Sizes, first_batch, noise
+from experiments.bench.train_step import DENSITY, OurStep, Sizes, Start, first_batch, noise
+from experiments.config.sections import Model
 from experiments.data.source import Dataset
 from experiments.run.errors import UserError
 from supermask_jax.trees import Tree
@@ -32,6 +33,22 @@ STEP_RATIOS = (
 )
 SELECTION_RATIOS = (("selection", "numpy.partition", "<=", 2.5), ("jnp.sort", "selection", None, None))
 COMPILE_SECONDS = 3
+CIFAR_BATCH = 128
+CIFAR_RATIOS = (("edge-popup", "dense", "<=", 1.05), ("torch, kthvalue", "edge-popup", None, None))
+
+
+def _cifar(model: str, against_torch: float, published: float) -> tuple[Sizes, tuple]:
+    """A network of CIFAR-10, and what its step should be beside PyTorch's, dense and as published."""
+    ratios = ("dense", "torch, dense", "<=", against_torch), ("torch, sort", "edge-popup", ">=", published)
+    return Sizes(Model(model=model), 1024, (32, 32, 3), CIFAR_BATCH), ratios
+
+
+CIFAR = {
+    "conv2": _cifar("conv2", 1.0, 2.5),
+    "conv4": _cifar("conv4", 1.0, 2.0),
+    "resnet-20": _cifar("resnet-20", 1.1, 1.0),
+    "resnet-18": _cifar("resnet-18", 1.1, 2.0),
+}
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 Status = Callable[[str], contextlib.AbstractContextManager]
@@ -50,22 +67,52 @@ def measure(rounds: int, batch_sizes: Sequence[int], torch: bool, status: Status
       {"rows": the table}.
     """
     with status("compiling"):
-        dataset, weights = noise(MNIST)
-        ours = {
-            batch: {method: OurStep(method, dataset, weights, batch, MNIST) for method in ("edge-popup", "dense")}
-            for batch in batch_sizes
-        }
-        rows = compiling_and_memory(ours, dataset)
+        start = noise(MNIST)
+        ours = {batch: our_steps(start, batch, MNIST) for batch in batch_sizes}
+        rows = compiling_and_memory(ours, start.dataset)
     for batch, steps in ours.items():
         with status(f"training steps, batch {batch}"):
-            reference = torch_steps(dataset, weights, steps["edge-popup"]) if torch else contextlib.nullcontext({})
+            reference = torch_steps(start, steps["edge-popup"]) if torch else contextlib.nullcontext({})
             ratios = STEP_RATIOS if batch == TARGET_BATCH else [(*pair, None, None) for *pair, _, _ in STEP_RATIOS]
             with reference as theirs:
                 rows += time_steps(f"training step, batch {batch}", steps, theirs, ratios, rounds)
     with status("selection"):
-        rows += time_selection(weights, rounds)
+        rows += time_selection(start.weights, rounds)
         if jax.default_backend() != "cpu":
             rows += time_bandwidth(MNIST.streamed, rounds)
+    return {"rows": rows}
+
+
+def our_steps(start: Start, batch: int, sizes: Sizes) -> dict[str, OurStep]:
+    """{method: its step}."""
+    return {method: OurStep(method, start, batch, sizes) for method in ("edge-popup", "dense")}
+
+
+def measure_cifar(rounds: int, torch: bool, status: Status) -> dict:
+    """Measures the step and its compilation of the networks of CIFAR-10, one after the other.
+
+    Args:
+      rounds: times that each candidate is measured.
+      torch: whether PyTorch's steps are measured too.
+      status: shows what is being measured, as a context manager.
+
+    Returns:
+      {"rows": the table}.
+    """
+    rows = []
+    for name, (sizes, faster) in CIFAR.items():
+        group = f"{name}, batch {CIFAR_BATCH}"
+        with status(group):
+            start = noise(sizes)
+            steps = our_steps(start, CIFAR_BATCH, sizes)
+            jax.block_until_ready([step() for step in steps.values()])
+            seconds = {method: step.advance.compile_seconds for method, step in steps.items()}
+            rows += [row(group, f"compiling, {method}", "s", value) for method, value in seconds.items()]
+            ratio = seconds["edge-popup"] / seconds["dense"]
+            rows.append(row(group, "compiling, edge-popup / dense", "x", ratio, "<=", 1.3))
+            reference = torch_steps(start, steps["edge-popup"]) if torch else contextlib.nullcontext({})
+            with reference as theirs:
+                rows += time_steps(group, steps, theirs, [*CIFAR_RATIOS, *faster], rounds)
     return {"rows": rows}
 
 

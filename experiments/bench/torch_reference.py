@@ -1,15 +1,16 @@
-"""The MNIST convnet's training step in PyTorch, for the benchmark to compare with. Nothing else needs torch.
+"""A network's training step in PyTorch, for the benchmark to compare with. Nothing else needs torch.
 
 Edge-popup is that of Ramanujan et al. 2020, with the two ways in which implementations compute the mask.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-LAYERS = ("Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel", "Dense_1/kernel")
+Step = tuple[str, str, tuple[str, ...], str, Mapping[str, Any]]  # of `supermask_jax.commands.graphs`
 
 
 class SortedMask(torch.autograd.Function):
@@ -56,6 +57,7 @@ def serve(pipe, arguments: dict) -> None:
 
 
 def make_steps(
+    graph: Sequence[Step],
     weights: Mapping[str, np.ndarray],
     scores: Mapping[str, np.ndarray],
     images: np.ndarray,
@@ -71,28 +73,29 @@ def make_steps(
     The batch is on the device, as floats, before the first step: torch is charged for no data handling.
 
     Args:
-      weights: {path: array} of `supermask_jax.models.MnistConvNet`.
-      scores: the same paths and shapes.
-      images: float32 [n, h, w, 1], normalised.
+      graph: the operations of the network, from "images" to "logits".
+      weights: {name: array} in torch's names and layouts, with the running statistics.
+      scores: the same names and shapes, of the kernels.
+      images: float32 [n, h, w, c], normalised.
       labels: int [n].
     """
     x = torch.tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels, device=device).long()
 
     def make_step(mask) -> Callable[[int], float]:
-        kernels, popups = _as_nchw(weights, device), _as_nchw(scores, device)
-        learns = popups if mask else kernels
-        for tensor in learns:
+        params, popups = _tensors(weights, device), _tensors(scores, device)
+        learns = popups if mask else {name: params[name] for name in popups}
+        for tensor in learns.values():
             tensor.requires_grad_()
-        optimizer = torch.optim.SGD(learns, learning_rate, momentum)
+        optimizer = torch.optim.SGD(learns.values(), learning_rate, momentum)
 
         def run(times: int) -> float:
             for _ in range(times):
                 optimizer.zero_grad()
-                params = kernels
+                used = params
                 if mask:
-                    params = [w * mask.apply(s.abs(), density) for w, s in zip(kernels, popups, strict=True)]
-                loss = F.cross_entropy(_logits(x, *params), y)
+                    used = params | {n: params[n] * mask.apply(s.abs(), density) for n, s in popups.items()}
+                loss = F.cross_entropy(logits(graph, used, x), y)
                 loss.backward()
                 optimizer.step()
             return loss.item()  # waits for the device
@@ -106,16 +109,36 @@ def make_steps(
     }
 
 
-def _logits(x, conv_0, conv_1, dense_0, dense_1):
-    x = F.relu(F.conv2d(x, conv_0))
-    x = F.max_pool2d(F.conv2d(x, conv_1), 2).flatten(1)
-    return F.linear(F.relu(F.linear(x, dense_0)), dense_1)
+def logits(graph: Sequence[Step], params: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The logits of a network in training, for images [n, c, h, w]: BatchNorm takes the batch's own statistics."""
+    values = {"images": x}
+    for kind, output, inputs, layer, numbers in graph:
+        a, weight, bias = values[inputs[0]], params.get(f"{layer}.weight"), params.get(f"{layer}.bias")
+        match kind:
+            case "conv":
+                a = F.conv2d(a, weight, bias, numbers["stride"], numbers["padding"])
+            case "dense":
+                a = F.linear(a, weight, bias)
+            case "norm":
+                running = params[f"{layer}.running_mean"], params[f"{layer}.running_var"]
+                a = F.batch_norm(a, *running, weight, bias, training=True)
+            case "relu":
+                a = F.relu(a)
+            case "pool":
+                a = F.max_pool2d(a, numbers["window"], numbers["stride"], numbers["padding"])
+            case "flatten":
+                a = a.flatten(1)
+            case "mean":
+                a = a.mean((2, 3))
+            case "add":
+                a = a + values[inputs[1]]
+            case "pad":
+                a = F.pad(a[:, :, :: numbers["stride"], :: numbers["stride"]], (0, 0, 0, 0, 0, numbers["channels"]))
+            case _:
+                raise ValueError(f"no operation {kind!r}")
+        values[output] = a
+    return values["logits"]
 
 
-def _as_nchw(kernels: Mapping[str, np.ndarray], device: str) -> list[torch.Tensor]:
-    """The layers' kernels in torch's layouts: (out, in, h, w), and (out, in) with channels first where flattened."""
-    conv_0, conv_1, dense_0, dense_1 = (np.asarray(kernels[path]) for path in LAYERS)
-    channels, side = conv_1.shape[-1], int((dense_0.shape[0] // conv_1.shape[-1]) ** 0.5)
-    dense_0 = dense_0.reshape(side, side, channels, -1).transpose(2, 0, 1, 3).reshape(dense_0.shape)
-    arrays = [conv_0.transpose(3, 2, 0, 1), conv_1.transpose(3, 2, 0, 1), dense_0.T, dense_1.T]
-    return [torch.tensor(np.ascontiguousarray(array), device=device) for array in arrays]
+def _tensors(arrays: Mapping[str, np.ndarray], device: str) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(array, device=device) for name, array in arrays.items()}

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from experiments.bench.rows import cores
-from experiments.bench.train_step import DENSITY, OurStep, first_batch, make_method
+from experiments.bench.train_step import DENSITY, OurStep, Start, first_batch, make_method
 from experiments.data.augment import normalise
-from experiments.data.source import Dataset
-from supermask_jax.trees import Tree, by_path
+from supermask_jax.commands import graphs, networks
+from supermask_jax.trees import by_path
 
 
 def why_no_torch() -> str | None:
@@ -30,17 +30,24 @@ def why_no_torch() -> str | None:
     return None if supported else "torch does not support this device"
 
 
-def torch_arguments(dataset: Dataset, weights: Tree, ours: OurStep) -> dict[str, Any]:
+def torch_arguments(start: Start, ours: OurStep) -> dict[str, Any]:
     """The arguments of `torch_reference.serve`: weights, scores, batch and settings that our edge-popup starts from.
 
     Args:
-      dataset, weights: of `train_step.noise`.
+      start: of `train_step.noise`.
       ours: edge-popup's step; only its settings are read.
     """
+    dataset, module = start.dataset, start.network.module
     batch = first_batch(dataset.train, ours.optim.batch_size)
+    of_torch = networks.Network(module, dataset.image_shape, dataset.classes, dataset.mean, dataset.std)
+    graph = graphs.steps(of_torch)
+    weights, state = jax.device_get((by_path(start.weights), by_path(start.model_state)))
+    scores = jax.device_get(by_path(make_method("edge-popup", start.weights).subnet.scores))
     arguments = {
-        "weights": by_path(weights),
-        "scores": by_path(make_method("edge-popup", weights).subnet.scores),
+        # Plain tuples, so that the other process imports no JAX.
+        "graph": [tuple(step._replace(layer=graphs.torch_name(step.layer))) for step in graph],
+        "weights": graphs.arrays(graph, weights, state),
+        "scores": graphs.arrays(graph, scores, {}),
         "images": np.asarray(normalise(batch["image"], dataset.mean, dataset.std)),
         "labels": batch["label"],
         "density": DENSITY,
@@ -53,14 +60,14 @@ def torch_arguments(dataset: Dataset, weights: Tree, ours: OurStep) -> dict[str,
 
 
 @contextlib.contextmanager
-def torch_steps(dataset: Dataset, weights: Tree, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
+def torch_steps(start: Start, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
     """{name: call}, where a call does as many steps as one of ours, from the same start, and returns the last loss.
 
     The process ends with the context. Arguments as in `torch_arguments`.
     """
     from experiments.bench import torch_reference
 
-    arguments = torch_arguments(dataset, weights, ours)
+    arguments = torch_arguments(start, ours)
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
     process = spawn.Process(target=torch_reference.serve, args=(theirs, arguments), daemon=True)

@@ -1,4 +1,4 @@
-"""The MNIST convnet's train step as the commands run it, on random images. The benchmark times it."""
+"""A network's train step as the commands run it, on random images. The benchmark times it."""
 
 from typing import NamedTuple
 
@@ -20,31 +20,36 @@ from supermask_jax.trees import Tree
 DENSITY = 0.5
 LEARNING_RATE = 0.01  # low: nothing can be learned from noise, and large steps diverge on it
 EPOCHS = 10  # over which the learning rate falls
-UNIFORM_NOISE = {"mean": (0.5,), "std": (12**-0.5,)}
 
 
 class Sizes(NamedTuple):
-    """How large the measured things are. The defaults are MNIST's; tests take smaller ones."""
+    """What is measured, and how large it is. The defaults are MNIST's; tests take smaller ones."""
 
+    model: Model = Model()
     images: int = 60_000
     image_shape: tuple[int, int, int] = (28, 28, 1)
     examples_per_turn: int = 1024  # that a candidate trains on before the next one's turn
     streamed: tuple[int, int] = (2**16, 2**10)  # scores for bandwidth: more than any cache holds
 
 
-def noise(sizes: Sizes) -> tuple[Dataset, Tree]:
-    """(random images in the shape of MNIST, the convnet's weights for them). A step's time depends on no content."""
-    rng = np.random.default_rng(0)
+class Start(NamedTuple):
+    """What every method's training starts from."""
+
+    dataset: Dataset  # random images: a step's time depends on no content
+    network: Network
+    weights: Tree  # on the host
+    model_state: Tree
+
+
+def noise(sizes: Sizes) -> Start:
+    """Random images of these sizes, and the network for them as training would start with."""
+    rng, channels = np.random.default_rng(0), sizes.image_shape[-1]
     images = rng.integers(0, 256, (sizes.images, *sizes.image_shape), np.uint8)
     labels = rng.integers(0, 10, sizes.images, np.int32)
-    dataset = arrays_dataset("noise", (images, labels, images[:1], labels[:1]), "random", **UNIFORM_NOISE)
-    weights, _ = convnet(dataset).init(jax.random.key(0))
-    return dataset, jax.device_get(weights)
-
-
-def convnet(dataset: Dataset) -> Network:
-    """The network that `experiments.mnist` trains by default."""
-    return network(Model(), Init(), dataset.classes, dataset.image_shape)
+    uniform = {"mean": (0.5,) * channels, "std": (12**-0.5,) * channels}
+    dataset = arrays_dataset("noise", (images, labels, images[:1], labels[:1]), "random", **uniform)
+    made = network(sizes.model, Init(), dataset.classes, dataset.image_shape)
+    return Start(dataset, made, *jax.device_get(made.init(jax.random.key(0))))
 
 
 def make_method(name: str, weights: Tree) -> Method:
@@ -55,25 +60,25 @@ def make_method(name: str, weights: Tree) -> Method:
 
 
 class OurStep:
-    """A method's train step as `experiments.mnist` runs it. Each call trains for `steps` steps.
+    """A method's train step as the commands run it. Each call trains for `steps` steps.
 
     Args:
       name: "edge-popup" or "dense".
-      dataset, weights: of `noise`.
+      start: of `noise`.
       batch: images per step.
       sizes: how many examples a call trains on.
     """
 
-    def __init__(self, name: str, dataset: Dataset, weights: Tree, batch: int, sizes: Sizes):
+    def __init__(self, name: str, start: Start, batch: int, sizes: Sizes):
         self.optim = Optim(batch_size=batch, learning_rate=LEARNING_RATE)
-        examples, key = len(dataset.train), jax.random.key(0)
-        weights = jax.tree.map(jnp.array, weights)  # a copy: the step donates its state
-        loss_fn = make_loss(convnet(dataset), dataset.mean, dataset.std)
+        dataset, examples, key = start.dataset, len(start.dataset.train), jax.random.key(0)
+        weights, model_state = jax.tree.map(jnp.array, (start.weights, start.model_state))  # the step donates its state
+        loss_fn = make_loss(start.network, dataset.mean, dataset.std)
         steps = max(examples // batch, 1)
         tx = make_optimizer(self.optim, make_schedule(self.optim, EPOCHS * steps, steps))
         method = make_method(name, weights)
         self.step = sm.make_train_step(method.mask_fn, loss_fn, tx, learns=method.learns)
-        self.state = sm.init_state(method.subnet, tx, key, learns=method.learns)
+        self.state = sm.init_state(method.subnet, tx, key, model_state, learns=method.learns)
         self.totals = stepper.zero_totals()
         self.advance = stepper.OnDevice(self.step, method.learns, dataset.train)
         self._order = epoch_order(key, 0, examples, batch)
