@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import pickle
 import tarfile
 import tempfile
 import tracemalloc
@@ -13,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
+import cifar_pickles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -481,6 +483,20 @@ CIFAR_ARCHIVE = in_tar(CIFAR_FILES)
 
 
 @st.composite
+def hostile(draw, content):
+    """A pickle in which a call of os.getpid stands somewhere, or in which it has the place of a name of NumPy's."""
+    if draw(st.booleans()):
+        name = draw(
+            st.sampled_from((b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"))
+        )
+        return content.replace(name, b"cos\ngetpid\n")
+    at = draw(places_in(content))
+    return (
+        content[:at] + draw(st.sampled_from((b"cos\ngetpid\n)R", b"(ios\ngetpid\n", b"(cos\ngetpid\no"))) + content[at:]
+    )
+
+
+@st.composite
 def damaged_cifar_files(draw):
     names = list(CIFAR_FILES)
     if draw(st.integers(0, 4)) == 0:
@@ -524,6 +540,41 @@ def test_a_damaged_archive_of_cifar_gives_exactly_the_images_put_in_or_a_data_er
             return
     assert_holds(got.train.images, got.train.labels, parsed_cifar(contents[:5]))
     assert_holds(got.test.images, got.test.labels, parsed_cifar(contents[5:]))
+
+
+PICKLES = cifar_pickles.pickled(CIFAR_FILES)
+BY_PYTHON_3 = cifar_pickles.pickled(CIFAR_FILES, dumps=pickle.dumps)
+
+
+@fuzz(200)
+@given(
+    st.sampled_from(sorted(PICKLES)).flatmap(
+        lambda name: st.tuples(
+            st.just(name), damaged(PICKLES[name]) | damaged(BY_PYTHON_3[name]) | hostile(PICKLES[name])
+        )
+    )
+)
+def test_a_damaged_python_version_of_cifar_gives_what_it_says_or_a_data_error_and_runs_nothing(hurt):
+    name, content = hurt
+    at = 10 * list(PICKLES).index(name)
+    run = mock.patch("os.getpid", side_effect=AssertionError("it was run"))
+    with folder_of(PICKLES | {name: content}) as folder, mock.patch.object(cifar, "RECORDS", RECORDS), run as called:
+        try:
+            got = load("cifar10", folder)
+        except DataError as error:
+            assert str(folder) in str(error)
+            return
+        finally:
+            assert not called.called
+    images = np.concatenate([got.train.images, got.test.images])
+    labels = np.concatenate([got.train.labels, got.test.labels])
+    planes = images.transpose(0, 3, 1, 2).reshape(60, -1)
+    assert any(planes[at : at + 10].tobytes(order) in content for order in "CF"), "the pixels are those in the file"
+    assert sorted(labels[at : at + 10]) == list(range(10))
+    records = np.frombuffer(b"".join(CIFAR_FILES.values()), np.uint8).reshape(60, RECORD)
+    others = np.r_[:at, at + 10 : 60]
+    np.testing.assert_array_equal(planes[others], records[others, 1:])
+    np.testing.assert_array_equal(labels[others], records[others, 0])
 
 
 ARRAYS = {  # one of them longer than the first piece that is read of it
