@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import supermask_jax as sm
-from experiments.data import cifar, tfds
+from experiments.data import cifar, svhn, tfds
 from experiments.data.idx import FILES
 from experiments.data.load import load
 from experiments.run import files
@@ -575,6 +576,33 @@ def test_a_damaged_python_version_of_cifar_gives_what_it_says_or_a_data_error_an
     others = np.r_[:at, at + 10 : 60]
     np.testing.assert_array_equal(planes[others], records[others, 1:])
     np.testing.assert_array_equal(labels[others], records[others, 0])
+
+
+def svhn_file(count, compressed):
+    rng, stream = np.random.default_rng(count), io.BytesIO()
+    images, labels = rng.integers(0, 256, (32, 32, 3, count), np.uint8), rng.integers(1, 11, (count, 1), np.uint8)
+    scipy.io.savemat(stream, {"X": images, "y": labels}, do_compression=compressed)
+    return stream.getvalue()
+
+
+SVHN_SIZES = (3, 2)
+SVHN_FILES = {compressed: [svhn_file(count, compressed) for count in SVHN_SIZES] for compressed in (False, True)}
+
+
+@fuzz(200)
+@given(st.booleans().flatmap(lambda compressed: st.tuples(st.just(compressed), damaged(SVHN_FILES[compressed][1]))))
+def test_a_damaged_file_of_svhn_gives_images_of_its_shape_and_classes_or_a_data_error(hurt):
+    compressed, content = hurt
+    stored = dict(zip(svhn.FILES, (SVHN_FILES[compressed][0], content), strict=True))
+    with folder_of(stored) as folder, mock.patch.object(svhn, "SIZES", SVHN_SIZES):
+        try:
+            got = load("svhn", folder)
+        except DataError as error:
+            assert svhn.FILES[1] in str(error) and "\n" not in str(error) and content != SVHN_FILES[compressed][1]
+            return
+    assert got.test.images.shape == (2, 32, 32, 3) and got.test.images.dtype == np.uint8
+    assert all(0 <= label <= 9 for label in got.test.labels)
+    assert compressed or got.test.images.transpose(1, 2, 3, 0).tobytes("F") in content
 
 
 ARRAYS = {  # one of them longer than the first piece that is read of it
