@@ -165,8 +165,8 @@ class Augment:
     flip: bool = False
     """Mirror every other training image, left to right, at random."""
     flip_alternately: bool = False
-    """In place of --flip: in the first epoch a random half of the training images is mirrored, and in each later epoch
-    every image that was not mirrored in the one before (Jordan 2024)."""
+    """In place of --flip: mirror a random half of the training images in the first epoch, and in each later epoch those
+    that were not mirrored in the one before (Jordan 2024)."""
     cutout: int = 0
     """A square of so many pixels is set to black, at a random place of every training image."""
 
