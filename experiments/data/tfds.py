@@ -90,13 +90,12 @@ def read_prepared(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str] |
             raise Unavailable(f"what is in {prepared} can only be read with tensorflow; {again}")
         import tensorflow_datasets as tfds
 
-        return _cached(name, prepared, described, lambda: tfds.builder_from_directory(prepared)), _source(
-            name, prepared
-        )
+        arrays = _cached(name, prepared, described, lambda: tfds.builder_from_directory(prepared))
     except Unavailable:
         raise
     except Exception as error:  # a package that is missing, and whatever damaged files make the readers raise
         raise DataError(f"cannot read {prepared} ({brief(error)}); {again}") from error
+    return arrays, _source(name, prepared)
 
 
 def _source(name: str, prepared: Path) -> str:

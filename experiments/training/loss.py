@@ -25,8 +25,8 @@ def make_loss(
     """loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)).
 
     A batch is {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}, and with `augment.flip_alternately`
-    also "flipped": bool [n]. The loss is the weighted mean
-    cross-entropy in nats. The metrics are weighted sums: "correct" and "count".
+    also "flipped": bool [n]. The loss is the weighted mean cross-entropy in nats. The metrics are weighted sums:
+    "correct" and "count".
 
     Args:
       network: what is trained.
