@@ -53,6 +53,9 @@ DATASETS: Mapping[str, Entry] = {
     "kmnist": Entry("experiments.data.mnist:kmnist"),
     "cifar10": Entry("experiments.data.cifar:cifar10"),
     "cifar100": Entry("experiments.data.cifar:cifar100"),
+    "svhn": Entry("experiments.data.svhn:svhn"),
+    "colour-digits": Entry("experiments.data.colour_digits:colour_digits"),
+    "colour-digits-5k": Entry("experiments.data.colour_digits:colour_digits_5k"),
     "idx": Entry("experiments.data.mnist:idx"),
     "folder": Entry("experiments.data.folder:folder", reads=("stream",)),
 }

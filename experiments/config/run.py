@@ -74,4 +74,5 @@ def named(config: Run, dataset: str) -> Run:
     """The settings that a run is stored under: with the name of the data set that was found, and with neutral values
     for all that its method and its model do not read."""
     config = changed(without_unread(config), dataset=dataset)
+    config = changed(config, flip=config.augment.flip and not config.augment.flip_alternately)  # which takes its place
     return changed(config, density=1.0) if METHODS[config.masks.method].free_density else config

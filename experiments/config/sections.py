@@ -164,6 +164,9 @@ class Augment:
     """What moves in with --shift: black, or the mirrored border."""
     flip: bool = False
     """Mirror every other training image, left to right, at random."""
+    flip_alternately: bool = False
+    """In place of --flip: mirror a random half of the training images in the first epoch, and in each later epoch those
+    that were not mirrored in the one before (Jordan 2024)."""
     cutout: int = 0
     """A square of so many pixels is set to black, at a random place of every training image."""
 
@@ -181,8 +184,9 @@ class Data:
     """The images."""
 
     dataset: Literal[*DATASETS] = "auto"
-    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10, cifar100: the files of
-    their binary versions.
+    """auto: MNIST from disk or by download, else the 5000 digits of mnist-5k. cifar10, cifar100, svhn: their official
+    files, of CIFAR the binary or the Python version, or what tensorflow-datasets prepared. colour-digits: not CIFAR,
+    but MNIST's digits in colour, of the same shape, to try a command on; where MNIST is not on disk, colour-digits-5k.
     idx: any set in MNIST's format. folder: image files in class folders, train/CLASS/* and test/CLASS/*."""
     data_dir: str | None = None
     """Where the data are or will be put. [SUPERMASK_DATA_DIR, else ~/tensorflow_datasets]"""

@@ -32,6 +32,13 @@ def random_flip(key: "jax.Array", images: "jax.Array") -> "jax.Array":
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
+def flip_where(images: "jax.Array", flipped: "jax.Array") -> "jax.Array":
+    """Images [n, h, w, c], mirrored left to right where `flipped`, bool [n], is true."""
+    import jax.numpy as jnp
+
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
 def random_cutout(key: "jax.Array", images: "jax.Array", size: int) -> "jax.Array":
     """Images [n, h, w, c], each with a square of `size` pixels set to 0. Its middle is any pixel, so that part of it
     may lie outside. Source: DeVries & Taylor 2017."""

@@ -32,6 +32,17 @@ def epoch_order(
     return in_batches(order, batch_size), in_batches(np.ones(examples, np.float32), batch_size)
 
 
+def alternate_flips(key: "jax.Array", epoch: int, examples: int) -> np.ndarray:
+    """Whether each example is mirrored in an epoch, bool [examples]: half of them at random in epoch 0, then by turns.
+
+    A function of (key, epoch) only. Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU".
+    """
+    import jax
+
+    first = np.asarray(jax.random.bernoulli(key, shape=(examples,)))
+    return first ^ bool(epoch % 2)
+
+
 def in_batches(array: np.ndarray, size: int) -> np.ndarray:
     """An array [n, ...] as [batches, size, ...], the last batch padded with zeros."""
     rest = np.zeros((-len(array) % size, *array.shape[1:]), array.dtype)

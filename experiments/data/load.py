@@ -10,7 +10,7 @@ from experiments.config.registry import DATASETS
 from experiments.data.source import Dataset
 from experiments.run.errors import DataError, UserError
 
-SAME_IMAGES = {"mnist", "mnist-5k"}  # the one is part of the other
+SAME_IMAGES = {"mnist", "mnist-5k", "colour-digits", "colour-digits-5k"}  # all are of MNIST's digits
 
 
 def load(dataset: str = "auto", data_dir: str | os.PathLike | None = None, **options: Any) -> Dataset:

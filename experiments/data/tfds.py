@@ -1,7 +1,7 @@
 """MNIST, Fashion-MNIST and KMNIST through tensorflow-datasets, without tensorflow: prepared, read and cached.
 
 The prepared directory is the one that stock tensorflow-datasets makes and reads. It is shuffled: the same images come
-in another order than from IDX files.
+in another order than from IDX files. Other sets of images are read where they are prepared, as ArrayRecord files.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,18 +63,55 @@ def read(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str]:
         described = info.read_bytes()
         if json.loads(described).get("fileFormat") != "array_record":
             raise _unavailable(name, root, f"what is in {prepared} can only be read with tensorflow")
-        cache = root / name / f"{name}-{stock.VERSION}.npz"
-        made_from = np.array(hashlib.sha256(described).hexdigest())
-        arrays = read_cache(cache, made_from)
-        if arrays is None:
-            prepared_set = builder(name, root)
-            arrays = _decode(prepared_set, "train") + _decode(prepared_set, "test")
-            write_cache(cache, made_from, arrays)
+        return _cached(name, prepared, described, lambda: builder(name, root)), _source(name, prepared)
     except Unavailable:
         raise
     except Exception as error:  # the readers raise exceptions of many types on damaged files
         raise DataError(f"cannot read {prepared} ({brief(error)}); remove it and run again") from error
-    return arrays, f"tensorflow-datasets {name} {stock.VERSION} in {prepared}"
+
+
+def read_prepared(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str] | None:
+    """What `read` returns, of any set of images that is prepared in `root`/`name`; None where none is.
+
+    Nothing is downloaded or prepared.
+
+    Raises:
+      Unavailable: only tensorflow can read what is there.
+      DataError: it is damaged.
+    """
+    versions = sorted((root / name).glob("*/dataset_info.json"))
+    if not versions:
+        return None
+    prepared = versions[-1].parent
+    again = "prepare it again, with file_format='array_record', or remove it and put the official files in its place"
+    try:
+        described = versions[-1].read_bytes()
+        if json.loads(described).get("fileFormat") != "array_record":
+            raise Unavailable(f"what is in {prepared} can only be read with tensorflow; {again}")
+        import tensorflow_datasets as tfds
+
+        arrays = _cached(name, prepared, described, lambda: tfds.builder_from_directory(prepared))
+    except Unavailable:
+        raise
+    except Exception as error:  # a package that is missing, and whatever damaged files make the readers raise
+        raise DataError(f"cannot read {prepared} ({brief(error)}); {again}") from error
+    return arrays, _source(name, prepared)
+
+
+def _source(name: str, prepared: Path) -> str:
+    return f"tensorflow-datasets {name} {prepared.name} in {prepared}"
+
+
+def _cached(name: str, prepared: Path, described: bytes, open_set: Callable) -> tuple[np.ndarray, ...]:
+    """The four arrays of a prepared set, from the cache beside it or else decoded; `open_set` makes its builder."""
+    cache = prepared.parent / f"{name}-{prepared.name}.npz"
+    made_from = np.array(hashlib.sha256(described).hexdigest())
+    arrays = read_cache(cache, made_from)
+    if arrays is None:
+        prepared_set = open_set()
+        arrays = _decode(prepared_set, "train") + _decode(prepared_set, "test")
+        write_cache(cache, made_from, arrays)
+    return arrays
 
 
 def builder(title: str, root: Path):
@@ -142,7 +180,8 @@ def _decode(prepared, split: str) -> Split:
     source = prepared.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     examples = source.__getitems__(range(len(source)))  # all at once: one by one takes several times as long
     images = np.stack([np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples])
-    return images[..., None], np.array([example["label"] for example in examples], np.int32)
+    images = images if images.ndim == 4 else images[..., None]  # grey ones have no axis of channels
+    return images, np.array([example["label"] for example in examples], np.int32)
 
 
 def read_cache(path: Path, made_from: np.ndarray) -> tuple[np.ndarray, ...] | None:

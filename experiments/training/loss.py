@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from experiments.config.sections import Augment
-from experiments.data.augment import normalise, random_cutout, random_flip, random_shift
+from experiments.data.augment import flip_where, normalise, random_cutout, random_flip, random_shift
+from experiments.training.loop import Batch
 from experiments.training.network import Network
 from supermask_jax import parallel
 
@@ -23,8 +24,9 @@ def make_loss(
 ) -> Callable:
     """loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)).
 
-    A batch is {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}. The loss is the weighted mean
-    cross-entropy in nats. The metrics are weighted sums: "correct" and "count".
+    A batch is {"image": uint8 [n, h, w, c], "label": int [n], "weight": float [n]}, and with `augment.flip_alternately`
+    also "flipped": bool [n]. The loss is the weighted mean cross-entropy in nats. The metrics are weighted sums:
+    "correct" and "count".
 
     Args:
       network: what is trained.
@@ -37,7 +39,7 @@ def make_loss(
 
     def loss_fn(params, model_state, batch, key):
         dropout_key, change_key = jax.random.split(key)
-        images = normalise(augmented(change_key, batch["image"], augment), mean, std)
+        images = normalise(augmented(change_key, batch, augment), mean, std)
         logits, model_state = network.apply(params, model_state, images, train=True, key=dropout_key)
         losses, correct = losses_and_correct(logits / temperature, batch["label"])
         if label_smoothing:
@@ -50,13 +52,16 @@ def make_loss(
     return loss_fn
 
 
-def augmented(key: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
-    """Images [n, h, w, c], changed at random as the settings say; each change has a key of its own."""
+def augmented(key: jax.Array, batch: Batch, augment: Augment) -> jax.Array:
+    """The images [n, h, w, c] of a batch, changed at random as the settings say; each change has a key of its own."""
+    images = batch["image"]
     if (
         augment.shift
     ):  # with this very key: settings that have only this change draw as they did before there were others
         images = random_shift(key, images, augment.shift, augment.border)
-    if augment.flip:
+    if augment.flip_alternately:
+        images = flip_where(images, batch["flipped"])
+    elif augment.flip:
         images = random_flip(jax.random.fold_in(key, 1), images)
     if augment.cutout:
         images = random_cutout(jax.random.fold_in(key, 2), images, augment.cutout)

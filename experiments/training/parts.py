@@ -60,11 +60,13 @@ class Parts:
 
     @cached_property
     def epochs(self) -> stepper.Epochs:
-        epochs = stepper.Epochs(len(self.dataset.train), self.config.optim.batch_size, self.network.has_state)
+        config, examples = self.config, len(self.dataset.train)
+        alternate = config.augment.flip_alternately
+        epochs = stepper.Epochs(examples, config.optim.batch_size, self.network.has_state, alternate)
         if not epochs.steps:
             raise DataError(
                 f"--batch-size {epochs.batch_size} needs as many training images, and there are {epochs.examples}: "
-                f"{self.config.model.model} has batch statistics, and trains on whole batches only."
+                f"{config.model.model} has batch statistics, and trains on whole batches only."
             )
         return epochs
 

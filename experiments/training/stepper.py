@@ -17,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
-from experiments.data.batches import epoch_order
+from experiments.data.batches import alternate_flips, epoch_order
 from experiments.data.source import Arrays, Source
 from experiments.run.placement import Placement
 from experiments.training.loop import Advance, Batch, Progress
 from supermask_jax import parallel
-from supermask_jax.trees import Tree, prunable
+from supermask_jax.trees import Tree, leaf_key, prunable
 
 STEPS_PER_CALL = {"cpu": 1}
 STEPS_PER_CALL_ELSEWHERE = 100
 STEPS_PER_CALL_DENSE = 50  # of networks without convolutions, on every backend
 
-Order = tuple[np.ndarray, np.ndarray]  # int32 [steps, batch] indices, float32 [steps, batch] weights
+Order = tuple[np.ndarray, ...]
+"""Of each step's examples, [steps, batch]: int32 indices, float32 weights and, if flips alternate, bool flipped."""
+
+BESIDE = ("weight", "flipped")  # what a batch has from its order, beside what is at the indices
 
 
 class Epochs(NamedTuple):
@@ -37,6 +40,7 @@ class Epochs(NamedTuple):
     examples: int
     batch_size: int
     drop_remainder: bool = False  # where padding would enter batch statistics
+    alternate: bool = False  # whether an order says which images are mirrored
 
     @property
     def steps(self) -> int:
@@ -50,7 +54,10 @@ class Epochs(NamedTuple):
 
     def order(self, key: jax.Array, epoch: int) -> Order:
         """Which examples each step of an epoch sees: a function of (key, epoch) only."""
-        return epoch_order(key, epoch, self.examples, self.batch_size, self.drop_remainder)
+        order = epoch_order(key, epoch, self.examples, self.batch_size, self.drop_remainder)
+        if not self.alternate:
+            return order
+        return *order, alternate_flips(leaf_key(key, "flipped"), epoch, self.examples)[order[0]]
 
 
 class Stepper(Protocol):
@@ -268,13 +275,13 @@ def _of_process(part: np.ndarray) -> np.ndarray:
 
 def _read(source: Source, order: Order, at: int) -> Batch:
     """The batch of the step of that index in `order`."""
-    indices, weights = order
-    return {**source.read(indices[at]), "weight": weights[at]}
+    indices, *others = (part[at] for part in order)
+    return {**source.read(indices), **dict(zip(BESIDE, others, strict=False))}
 
 
-def _batch(images, indices, weight) -> Batch:
+def _batch(images, indices, *others) -> Batch:
     images, labels = images
-    return {"image": images[indices], "label": labels[indices], "weight": weight}
+    return {"image": images[indices], "label": labels[indices], **dict(zip(BESIDE, others, strict=False))}
 
 
 def zero_totals() -> dict[str, jax.Array]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.data import load as data
-from experiments.data.augment import normalise, random_cutout, random_flip, random_shift
-from experiments.data.batches import class_sample, epoch_order, hold_out, in_batches
+from experiments.data.augment import flip_where, normalise, random_cutout, random_flip, random_shift
+from experiments.data.batches import alternate_flips, class_sample, epoch_order, hold_out, in_batches
 from experiments.data.source import Arrays, Dataset, arrays_dataset
 from experiments.run.errors import DataError
 
@@ -238,6 +238,21 @@ def test_half_of_the_images_are_mirrored_and_the_others_are_as_they_were():
     same = (flipped == images).all(axis=(1, 2, 3))
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all() and 0.4 < mirrored.mean() < 0.6 and flipped.dtype == np.uint8
+
+
+def test_images_are_mirrored_where_it_is_said():
+    images = jnp.arange(24).reshape(3, 2, 4, 1).astype(jnp.uint8)
+    got = np.asarray(flip_where(images, jnp.array([True, False, True])))
+    np.testing.assert_array_equal(got, [images[0][:, ::-1], images[1], images[2][:, ::-1]], strict=True)
+
+
+def test_flips_alternate_from_a_random_half_of_the_first_epoch():
+    key = jax.random.key(3)
+    epochs = [alternate_flips(key, epoch, 1000) for epoch in range(5)]
+    assert epochs[0].dtype == bool and 0.45 < epochs[0].mean() < 0.55
+    for epoch, flipped in enumerate(epochs):
+        np.testing.assert_array_equal(flipped, epochs[0] if epoch % 2 == 0 else ~epochs[0])
+    assert (alternate_flips(jax.random.key(4), 0, 1000) != epochs[0]).mean() > 0.4
 
 
 def test_cutout_sets_a_square_around_any_pixel_to_black():

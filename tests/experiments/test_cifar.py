@@ -1,18 +1,24 @@
-"""CIFAR-10's binary files, on tiny ones: every image is where it belongs, and what is not whole is refused."""
+"""CIFAR's official files, on tiny ones: every image is where it belongs, and what is not whole is refused."""
 
+import functools
 import gzip
 import io
+import os
+import pickle
+import pickletools
 import tarfile
 from pathlib import Path
 
+import cifar_pickles
 import numpy as np
 import pytest
 
-from experiments.data import cifar
+from experiments.data import cifar, pickles
 from experiments.data import load as data
 from experiments.data.cifar import ARCHIVE, FILES, FOLDER
 from experiments.run.errors import DataError
 
+PYTHON = cifar.PYTHON["cifar10"]
 RECORD = 3073
 RECORDS = 10  # in each of our files, one of each class
 
@@ -199,17 +205,10 @@ def test_where_there_are_no_files_it_says_which_belong_where(tmp_path):
     for root in (tmp_path, tmp_path / "not there"):
         with pytest.raises(DataError) as caught:
             data.load("cifar10", root)
-        for part in (*FILES, ARCHIVE, root / "cifar10", "binary version", "pickles"):
+        versions = (*FILES, ARCHIVE, "binary version", *PYTHON.files, PYTHON.archive, "Python version")
+        for part in (*versions, root / "cifar10", "--data-dir", "$SUPERMASK_DATA_DIR", "--dataset colour-digits"):
             assert str(part) in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_pickles_are_not_read(tmp_path):
-    folder = tmp_path / "cifar-10-batches-py"
-    write(folder, {Path(file).stem: b"cos\nabort\n(tR." for file in FILES})  # unpickled, it would end this process
-    for root in (tmp_path, folder):
-        with pytest.raises(DataError, match="is not in"):
-            data.load("cifar10", root)
 
 
 def test_a_file_that_cannot_be_read_is_a_data_error(tmp_path, monkeypatch):
@@ -298,3 +297,197 @@ def test_a_damaged_file_of_cifar_100_is_refused(tmp_path, monkeypatch, damage, m
     write(tmp_path, files | {"test.bin": damage(files["test.bin"])})
     with pytest.raises(DataError, match=message):
         data.load("cifar100", tmp_path)
+
+
+# The Python version.
+
+PROTOCOLS = [functools.partial(pickle.dumps, protocol=protocol) for protocol in range(5)]  # of Python 3
+
+
+@pytest.mark.parametrize("dumps", [cifar_pickles.python_2, *PROTOCOLS])
+def test_the_python_version_has_the_images_of_the_binary_version_in_their_order(tmp_path, dumps):
+    write(tmp_path, cifar_pickles.pickled(contents(), dumps=dumps))
+    got = data.load("cifar10", tmp_path)
+    assert_holds(got, contents())
+    assert "Python files" in got.source
+    write(tmp_path / "binary", contents())
+    assert data.load("cifar10", tmp_path / "binary").fingerprint == got.fingerprint
+
+
+@pytest.mark.parametrize("folder", ["cifar10", PYTHON.folder, f"cifar10/{PYTHON.folder}", ""])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_python_version_is_read_in_every_folder(tmp_path, folder, packed):
+    files = cifar_pickles.pickled(contents())
+    write(tmp_path / folder, {PYTHON.archive: archived(files, PYTHON.folder)} if packed else files)
+    got = data.load("cifar10", tmp_path)
+    assert_holds(got, contents())
+    assert str(tmp_path / folder) in got.source
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_binary_version_is_preferred(tmp_path, packed):
+    write(tmp_path / "cifar10", cifar_pickles.pickled(contents(0)))
+    write(tmp_path, {ARCHIVE: archived(contents(1))} if packed else contents(1))
+    assert_holds(data.load("cifar10", tmp_path), contents(1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_python_version_of_cifar_100_has_its_fine_labels(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(cifar, "RECORDS", 100)
+    version, files = cifar.PYTHON["cifar100"], cifar_pickles.pickled(fine_and_coarse(), labels=2)
+    assert list(files) == list(version.files)
+    write(tmp_path, {version.archive: archived(files, version.folder)} if packed else files)
+    write(tmp_path / "binary", fine_and_coarse())
+    got, expected = (data.load("cifar100", root) for root in (tmp_path, tmp_path / "binary"))
+    for one, other in ((got.train, expected.train), (got.test, expected.test)):
+        np.testing.assert_array_equal(one.images, other.images, strict=True)
+        np.testing.assert_array_equal(one.labels, other.labels, strict=True)
+
+
+def test_a_file_named_train_that_is_of_something_else_is_no_part_of_cifar_100(tmp_path):
+    write(tmp_path, {"train": b"of something else"})
+    with pytest.raises(DataError, match="cifar100 is not in"):
+        data.load("cifar100", tmp_path)
+    write(tmp_path / "cifar100", {"train": b""})
+    with pytest.raises(DataError, match="lacks test"):
+        data.load("cifar100", tmp_path)
+
+
+def _globals(tmp_path):
+    """{name: a pickle that calls it}: each would make a file, end the process or look around."""
+    mark = tmp_path / "executed"
+
+    class Calling:
+        def __init__(self, function, *arguments):
+            self.reduced = function, arguments
+
+        def __reduce__(self):
+            return self.reduced
+
+    made = {
+        f"{function.__name__}, protocol {protocol}": pickle.dumps({b"data": Calling(function, *arguments)}, protocol)
+        for function, *arguments in (
+            (os.system, f"touch {mark}"),
+            (eval, f"open({str(mark)!r}, 'w')"),
+            (open, str(mark), "w"),
+            (getattr, "", "upper"),
+            (bytearray, 2**40),
+            (np.zeros, 3),
+            (np.dtype, "O"),
+        )
+        for protocol in (0, 2, 4)
+    }
+    return {
+        **made,
+        "abort": b"cos\nabort\n(tR.",
+        "dotted": b"\x80\x04\x8c\x08builtins\x8c\x0deval.__call__\x93.",
+        "instance": b"(S'touch'\nios\nsystem\n.",
+        "new": b"\x80\x02c__builtin__\ndict\n)\x81.",
+        "persistent": b"Pid\n.",
+        "extension": b"\x80\x02\x82\x01.",
+        "buffer": b"\x80\x05\x97.",
+        "room for 2**60 bytes": b"\x80\x05\x96" + (2**60).to_bytes(8, "little") + b".",
+        "another codec": b"c_codecs\nencode\n(Vaa\nVzip\ntR.",
+        "a changed function": b"cnumpy.core.multiarray\n_reconstruct\n(dS'__call__'\nI1\nsb.",
+        "a changed type": b"c__builtin__\nset\n(dS'x'\nI1\nsb.",
+    }
+
+
+def test_what_a_pickle_asks_for_is_refused_and_not_run(tmp_path):
+    good = cifar_pickles.pickled(contents())
+    for at, (name, content) in enumerate(_globals(tmp_path).items()):
+        file = PYTHON.files[at % 6]
+        root = tmp_path / str(at)
+        write(root, good | {file: content})
+        with pytest.raises(DataError) as caught:
+            data.load("cifar10", root)
+        assert str(root / file) in str(caught.value) and "\n" not in str(caught.value), name
+        if name.startswith(("system", "eval", "abort", "dotted")):
+            assert "which is not run" in str(caught.value), name
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_reader_lacks_every_instruction_that_makes_instances_or_takes_memory():
+    lacking = {"PERSID", "BINPERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+    lacking |= {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"}
+    known = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
+    assert {name for name, code in known.items() if code not in pickles._Reader.dispatch} == lacking
+
+
+def _batch_with(**changes):
+    def change(batch):
+        values = {key.encode(): value for key, value in changes.items()}
+        return {key: value for key, value in (batch | values).items() if value is not None}
+
+    return change
+
+
+PIXELS = np.zeros((RECORDS, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_batch_with(data=None), "its data are not bytes"),
+        (_batch_with(data=b"\0" * 3072), "its data are not bytes"),
+        (_batch_with(data=PIXELS.reshape(RECORDS, 3, 1024)), "its data are not bytes"),
+        (_batch_with(data=PIXELS[:, 1:]), "its data are not bytes"),
+        (_batch_with(data=PIXELS.astype(np.float32)), "an array of 'f4', not of uint8"),
+        (_batch_with(data=PIXELS.astype(object)), "an array of 'O8', not of uint8"),
+        (_batch_with(labels=None), "its labels are not a list"),
+        (_batch_with(labels=tuple(range(10))), "its labels are not a list"),
+        (_batch_with(labels=np.arange(10, dtype=np.uint8)), "its labels are not a list"),
+        (_batch_with(labels=[*range(9), 9.0]), "its labels are not a list"),
+        (_batch_with(labels=[*range(9), True]), "its labels are not a list"),
+        (_batch_with(labels=[*range(9), 10]), "label 10; labels must be 0 to 9"),
+        (_batch_with(labels=[*range(9), -1]), "label -1; labels must be 0 to 9"),
+        (_batch_with(labels=[*range(9), 2**80]), f"label {2**80}; labels"),
+        (_batch_with(labels=list(range(9))), "has 9 labels and 10 images"),
+        (_batch_with(labels=list(range(9)), data=PIXELS[1:]), "truncated: it holds 9 images, the official file 10"),
+        (_batch_with(labels=[*range(10), 0], data=np.zeros((11, 3072), np.uint8)), "too long: it holds 11 images"),
+        (lambda batch: list(batch), "it holds list, not a dictionary"),
+        (lambda batch: {key.decode(): value for key, value in batch.items()}, "its data are not bytes"),
+    ],
+)
+def test_a_batch_that_is_not_like_the_official_ones_is_named(tmp_path, change, message):
+    batches = cifar_pickles.batches(contents())
+    for file in (PYTHON.files[0], PYTHON.files[-1]):
+        root = tmp_path / file
+        write(root, {name: pickle.dumps(change(b) if name == file else b) for name, b in batches.items()})
+        with pytest.raises(DataError, match=message) as caught:
+            data.load("cifar10", root)
+        assert str(root / file) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c + b"."])
+def test_a_pickle_that_is_cut_or_goes_on_is_named(tmp_path, damage):
+    files = cifar_pickles.pickled(contents())
+    write(tmp_path, files | {"data_batch_3": damage(files["data_batch_3"])})
+    with pytest.raises(DataError, match=rf"{tmp_path / 'data_batch_3'} is truncated or damaged"):
+        data.load("cifar10", tmp_path)
+
+
+def test_batches_that_changed_places_are_named_with_and_without_their_titles(tmp_path):
+    batches = cifar_pickles.batches(_unbalanced(contents()))
+    for one, other, balanced in (("data_batch_1", "data_batch_2", True), ("data_batch_1", "test_batch", False)):
+        swapped = batches | {one: batches[other], other: batches[one]}
+        write(tmp_path / "cifar10", {name: pickle.dumps(batch) for name, batch in swapped.items()})
+        with pytest.raises(DataError, match=rf"{one} says that it is the .*, not the training batch 1 of 5"):
+            data.load("cifar10", tmp_path)
+        for batch in swapped.values():
+            batch.pop(b"batch_label", None)
+        write(tmp_path / "cifar10", {name: pickle.dumps(batch) for name, batch in swapped.items()})
+        if not balanced:  # two training files that changed places change the order alone
+            with pytest.raises(DataError, match=rf"{one}.* as many of each"):
+                data.load("cifar10", tmp_path)
+        batches = cifar_pickles.batches(_unbalanced(contents()))
+
+
+def test_nothing_that_the_reader_knows_can_be_changed_by_a_pickle(tmp_path):
+    """A pickle may set attributes of what it names: a later file would be read by what an earlier one left."""
+    for content in _globals(tmp_path).values():
+        write(tmp_path / "bad", dict.fromkeys(PYTHON.files, content))
+        with pytest.raises(DataError):
+            data.load("cifar10", tmp_path / "bad")
+    write(tmp_path / "good", cifar_pickles.pickled(contents()))
+    assert_holds(data.load("cifar10", tmp_path / "good"), contents())

@@ -19,6 +19,7 @@ import supermask_jax as sm
 from experiments import cifar
 from experiments.config.flags import parser
 from experiments.run.checkpoints import Checkpoints
+from experiments.run.errors import DataError
 from supermask_jax.models import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,20 @@ def test_the_command_trains_a_network_with_batch_statistics(pictures, tmp_path, 
 
 @pytest.mark.slow
 @quiet
+def test_without_its_files_the_command_says_what_to_do_and_what_it_says_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "cifar_resnet", small)
+    monkeypatch.setattr("experiments.plots.one_run.draw_run", lambda *_: None)
+    place = ["--data-dir", str(tmp_path / "data"), "--workdir", str(tmp_path / "run"), "--train-images", "300"]
+    parsed = parser(cifar.Config, cifar.defaults)
+    with pytest.raises(DataError, match=r"cifar10 is not in .* --dataset colour-digits"):
+        cifar.main(parsed(cifar.PROG, place))
+    summary = cifar.main(parsed(cifar.PROG, [*place, "--dataset", "colour-digits", "--epochs", "1"]))
+    assert summary["dataset"] == "colour-digits-5k" and "not CIFAR" in summary["data_source"]
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+@quiet
 def test_resnet_20_keeps_its_density_its_scales_learn_and_its_pictures_are_drawn(pictures, tmp_path):
     assert_random_by_erk(tmp_path, main(pictures, tmp_path, *RANDOM), layers=20)
     assert {"curves.png", "layers.png", "kernels.png"} <= {file.name for file in tmp_path.iterdir()}
@@ -128,7 +143,7 @@ METHODS = {
     "snip": ["--density", "0.1", "--assess"],
     "grasp": ["--density", "0.3"],
     "synflow": ["--density", "0.3", "--rounds", "3"],
-    "rigl": ["--density", "0.2"],
+    "rigl": ["--density", "0.2", "--flip-alternately"],
     "dense": ["--assess"],
 }
 
@@ -189,7 +204,7 @@ def test_a_signal_stops_it_and_what_it_prints_resumes_it_bit_identical(pictures,
 @pytest.mark.slow
 @quiet
 def test_streamed_from_disk_it_ends_as_it_does_in_memory(pictures, tmp_path):
-    more = ["--method", "dense", "--epochs", "1"]
+    more = ["--method", "dense", "--epochs", "2", "--flip-alternately"]
     for name, stream in (("memory", []), ("streamed", ["--stream"])):
         main(pictures, tmp_path / name, *more, *stream)
     (lines, state, summary), (expected_lines, expected_state, expected) = (

@@ -108,6 +108,18 @@ def test_an_option_that_nothing_reads_is_no_part_of_the_name():
     assert flat(dense[0])["density"] == 1.0
 
 
+def test_flips_that_alternate_take_the_place_of_those_at_random_and_are_another_run():
+    config = mnist.Config()
+    neither, random, alternate, both = (
+        named(changed(config, flip=flip, flip_alternately=alternately), "mnist")
+        for alternately in (False, True)
+        for flip in (False, True)
+    )
+    assert alternate == both and not both.augment.flip
+    assert len({path_of(each) for each in (neither, random, both)}) == 3
+    assert "flip_alternately" not in Run.ALWAYS_NAMED and neutral(mnist.Config)["flip_alternately"] is False
+
+
 @dataclass(frozen=True)
 class Later(sections.Augment):
     mirrored: bool = False

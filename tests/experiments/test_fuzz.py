@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import pickle
 import tarfile
 import tempfile
 import tracemalloc
@@ -13,16 +14,18 @@ from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
+import cifar_pickles
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import supermask_jax as sm
-from experiments.data import cifar, tfds
+from experiments.data import cifar, svhn, tfds
 from experiments.data.idx import FILES
 from experiments.data.load import load
 from experiments.run import files
@@ -481,6 +484,20 @@ CIFAR_ARCHIVE = in_tar(CIFAR_FILES)
 
 
 @st.composite
+def hostile(draw, content):
+    """A pickle in which a call of os.getpid stands somewhere, or in which it has the place of a name of NumPy's."""
+    if draw(st.booleans()):
+        name = draw(
+            st.sampled_from((b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"))
+        )
+        return content.replace(name, b"cos\ngetpid\n")
+    at = draw(places_in(content))
+    return (
+        content[:at] + draw(st.sampled_from((b"cos\ngetpid\n)R", b"(ios\ngetpid\n", b"(cos\ngetpid\no"))) + content[at:]
+    )
+
+
+@st.composite
 def damaged_cifar_files(draw):
     names = list(CIFAR_FILES)
     if draw(st.integers(0, 4)) == 0:
@@ -524,6 +541,68 @@ def test_a_damaged_archive_of_cifar_gives_exactly_the_images_put_in_or_a_data_er
             return
     assert_holds(got.train.images, got.train.labels, parsed_cifar(contents[:5]))
     assert_holds(got.test.images, got.test.labels, parsed_cifar(contents[5:]))
+
+
+PICKLES = cifar_pickles.pickled(CIFAR_FILES)
+BY_PYTHON_3 = cifar_pickles.pickled(CIFAR_FILES, dumps=pickle.dumps)
+
+
+@fuzz(200)
+@given(
+    st.sampled_from(sorted(PICKLES)).flatmap(
+        lambda name: st.tuples(
+            st.just(name), damaged(PICKLES[name]) | damaged(BY_PYTHON_3[name]) | hostile(PICKLES[name])
+        )
+    )
+)
+def test_a_damaged_python_version_of_cifar_gives_what_it_says_or_a_data_error_and_runs_nothing(hurt):
+    name, content = hurt
+    at = 10 * list(PICKLES).index(name)
+    run = mock.patch("os.getpid", side_effect=AssertionError("it was run"))
+    with folder_of(PICKLES | {name: content}) as folder, mock.patch.object(cifar, "RECORDS", RECORDS), run as called:
+        try:
+            got = load("cifar10", folder)
+        except DataError as error:
+            assert str(folder) in str(error)
+            return
+        finally:
+            assert not called.called
+    images = np.concatenate([got.train.images, got.test.images])
+    labels = np.concatenate([got.train.labels, got.test.labels])
+    planes = images.transpose(0, 3, 1, 2).reshape(60, -1)
+    assert any(planes[at : at + 10].tobytes(order) in content for order in "CF"), "the pixels are those in the file"
+    assert sorted(labels[at : at + 10]) == list(range(10))
+    records = np.frombuffer(b"".join(CIFAR_FILES.values()), np.uint8).reshape(60, RECORD)
+    others = np.r_[:at, at + 10 : 60]
+    np.testing.assert_array_equal(planes[others], records[others, 1:])
+    np.testing.assert_array_equal(labels[others], records[others, 0])
+
+
+def svhn_file(count, compressed):
+    rng, stream = np.random.default_rng(count), io.BytesIO()
+    images, labels = rng.integers(0, 256, (32, 32, 3, count), np.uint8), rng.integers(1, 11, (count, 1), np.uint8)
+    scipy.io.savemat(stream, {"X": images, "y": labels}, do_compression=compressed)
+    return stream.getvalue()
+
+
+SVHN_SIZES = (3, 2)
+SVHN_FILES = {compressed: [svhn_file(count, compressed) for count in SVHN_SIZES] for compressed in (False, True)}
+
+
+@fuzz(200)
+@given(st.booleans().flatmap(lambda compressed: st.tuples(st.just(compressed), damaged(SVHN_FILES[compressed][1]))))
+def test_a_damaged_file_of_svhn_gives_images_of_its_shape_and_classes_or_a_data_error(hurt):
+    compressed, content = hurt
+    stored = dict(zip(svhn.FILES, (SVHN_FILES[compressed][0], content), strict=True))
+    with folder_of(stored) as folder, mock.patch.object(svhn, "SIZES", SVHN_SIZES):
+        try:
+            got = load("svhn", folder)
+        except DataError as error:
+            assert svhn.FILES[1] in str(error) and "\n" not in str(error) and content != SVHN_FILES[compressed][1]
+            return
+    assert got.test.images.shape == (2, 32, 32, 3) and got.test.images.dtype == np.uint8
+    assert all(0 <= label <= 9 for label in got.test.labels)
+    assert compressed or got.test.images.transpose(1, 2, 3, 0).tobytes("F") in content
 
 
 ARRAYS = {  # one of them longer than the first piece that is read of it

@@ -26,7 +26,7 @@ LIBRARIES = {
     "command": {"rich", "tyro"},
     "config": {"tyro"},
     "plots": {"numpy", "matplotlib"},
-    "data": {"numpy", "jax", "PIL", "requests", "tensorflow_datasets"},
+    "data": {"numpy", "jax", "PIL", "requests", "scipy", "tensorflow_datasets"},
     "run": {"numpy", "jax", "orbax", "rich"},
     "training": {"numpy", "jax", "flax", "optax"},
     "tickets": {"numpy", "jax", "optax", "rich"},
@@ -42,10 +42,11 @@ LATE = {
     # Rooms of data must stay light: most commands read one set, and need none of what another one takes.
     "data/augment.py": {
         **{name: {"jax", "jax.numpy"} for name in ("random_shift", "random_flip", "random_cutout")},
-        "normalise": {"jax.numpy"},
+        **{name: {"jax.numpy"} for name in ("flip_where", "normalise")},
     },
-    "data/batches.py": {"epoch_order": {"jax"}, "class_sample": {"jax"}},
+    "data/batches.py": {name: {"jax"} for name in ("epoch_order", "alternate_flips", "class_sample")},
     "data/folder.py": {"_pillow": {"PIL"}},
+    "data/svhn.py": {"_read_file": {"scipy.io"}},
     "data/tfds.py": "any",
     # A process that draws nothing starts sooner without matplotlib.
     "plots/style.py": {"new_figure": {"matplotlib.figure"}},

@@ -12,16 +12,17 @@ import pytest
 
 import supermask_jax as sm
 from experiments.config.sections import Augment, Init, Model
-from experiments.data.batches import epoch_order
+from experiments.data.batches import alternate_flips, epoch_order
 from experiments.data.folder import folder
 from experiments.data.source import Arrays
 from experiments.run.placement import Placement
 from experiments.training import stepper
-from experiments.training.loss import make_loss
+from experiments.training.loss import augmented, make_loss
 from experiments.training.network import network
 from experiments.training.stepper import Epochs, OnDevice, Pmapped, Streamed, make_stepper, over, zero_totals
 from experiments.training.summary import count_flips
 from supermask_jax import methods, parallel
+from supermask_jax.trees import leaf_key
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES = (6, 5, 3), 4
@@ -150,6 +151,98 @@ def test_two_epochs_in_parts_are_two_epochs_at_once_and_compile_nothing_new(step
         jax.tree.map(np.testing.assert_array_equal, got, expected)  # the very batch that the last step used
     assert batches[2]["weight"].tolist() == [1] * 6 + [0] * 10
     jax.tree.map(np.testing.assert_array_equal, batch, batches[-1])
+
+
+# Flips that alternate.
+
+
+def flipping(axis_name=None):
+    """A step that counts, in "correct", the images that its loss sees mirrored; of images that grow from left to right.
+
+    What learns has a gradient that depends on every pixel.
+    """
+    augment, tx = Augment(flip_alternately=True, shift=1, flip=True), optax.sgd(0.1)
+
+    def loss_fn(params, model_state, batch, key):
+        seen = augmented(key, batch, augment).astype(jnp.float32)
+        mirrored = jnp.sum(seen[:, :, 1] > seen[:, :, -2], axis=(1, 2)) > 0
+        loss = parallel.weighted_mean(jnp.mean(seen, axis=(1, 2, 3)) * params["w"][0], batch["weight"], axis_name)
+        sums = {"correct": jnp.sum(mirrored * batch["weight"]), "count": jnp.sum(batch["weight"])}
+        return loss, (model_state, sums)
+
+    weights = {"w": jnp.ones(1)}
+    subnet = sm.Subnet(weights, {"w": jnp.ones(1)})
+    state = sm.init_state(subnet, tx, jax.random.key(2), learns="weights")
+    if axis_name:
+        return parallel.pmap_step(sm.identity, loss_fn, tx, devices=1, donate=True, learns="weights"), state
+    return sm.make_train_step(sm.identity, loss_fn, tx, learns="weights"), state
+
+
+class Growing(Arrays):
+    """Arrays whose pixels grow from left to right."""
+
+    def __init__(self, examples):
+        row = np.arange(1, SHAPE[1] + 1, dtype=np.uint8)[:, None]
+        super().__init__(np.broadcast_to(row, (examples, *SHAPE)).copy(), np.zeros(examples, np.int32))
+
+
+def mirrored_in_epochs(run, state, placement, epochs, count):
+    """How many images were seen mirrored, in each epoch."""
+    progress = Progress(placement.place(state), placement.replicate(zero_totals()))
+    advance, seen = over(run, epochs, KEY), [0]
+    for epoch in range(count):
+        progress, batch = advance(progress, epoch * epochs.steps, (epoch + 1) * epochs.steps)
+        assert batch["flipped"].dtype == bool
+        seen.append(int(progress.totals["correct"]))
+    return np.diff(seen).tolist()
+
+
+@pytest.mark.parametrize("kind", ["on device", "3 steps a call", "streamed", "pmap"])
+def test_flips_alternate_wherever_images_lie(kind):
+    source, epochs, placement = Growing(44), Epochs(44, 8, alternate=True), Placement()
+    step, state = flipping(parallel.AXIS if kind == "pmap" else None)
+    runs = {"streamed": Streamed, "pmap": Pmapped}
+    if kind in runs:
+        run = runs[kind](step, "weights", source, placement)
+    else:
+        run = OnDevice(step, "weights", source, placement, 3 if kind.startswith("3") else 1)
+    first = int(alternate_flips(leaf_key(KEY, "flipped"), 0, 44).sum())
+    assert 0 < first < 44
+    assert mirrored_in_epochs(run, state, placement, epochs, 3) == [first, 44 - first, first]
+
+
+def test_every_image_has_its_own_flip_whatever_the_order_and_resuming_changes_nothing():
+    epochs = Epochs(50, 16, alternate=True)
+    flips = []
+    for epoch in range(3):
+        indices, weights, flipped = epochs.order(KEY, epoch)
+        of = {
+            int(index): bool(flip)
+            for index, weight, flip in zip(*map(np.ravel, (indices, weights, flipped)), strict=True)
+            if weight
+        }
+        flips.append([of[index] for index in range(50)])
+    assert flips[0] == flips[2] == [not flip for flip in flips[1]]
+    plain = Epochs(50, 16).order(KEY, 1)
+    jax.tree.map(np.testing.assert_array_equal, epochs.order(KEY, 1)[:2], plain)  # the order is what it was without
+
+    def after(*stops):
+        step, state = flipping()
+        run = OnDevice(step, "weights", Growing(50), steps_per_call=1)
+        progress, advance = Progress(state, zero_totals()), None
+        for start, stop in zip((0, *stops), stops, strict=False):
+            advance = over(run, epochs, KEY)  # as a run that resumes makes it anew
+            progress, _ = advance(progress, start, stop)
+        return progress
+
+    whole, parts = after(8), after(1, 5, 6, 8)
+    assert_equal(whole.state, parts.state)
+    assert whole.totals["correct"] == parts.totals["correct"]
+
+
+def test_an_order_has_flips_only_where_they_are_asked_for():
+    assert len(Epochs(50, 16).order(KEY, 0)) == 2
+    assert set(stepper._read(images(50), Epochs(50, 16).order(KEY, 0), 0)) == {"image", "label", "weight"}
 
 
 # Where the images lie.
