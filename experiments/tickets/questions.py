@@ -65,7 +65,7 @@ def compared(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:
         if setting == "rewind_step" and value >= config.tickets.steps:
             continue
         changes = {"rounds": 1, "stability": setting == "rewind_step", setting: value}
-        changes |= {"sweep": "none", "density": config.tickets.density or SWEEP_DENSITY}
+        changes |= {"sweep": "none", "density": config.tickets.density or SWEEP_DENSITY, "conv_fraction": None}
         one = changed(config, **changes, workdir=str(workdir.path / f"{setting}-{value}"))
         one.check()
         summary = rounds.run(one, dataset)
