@@ -333,8 +333,8 @@ def check_densities(tickets: Tickets, sizes: Mapping[str, int], output: str) -> 
         left = keep_count(1 - exact(fraction), left)
     if left < len(ranked):
         raise UserError(
-            f"round {tickets.rounds} would leave {left} weights for {len(ranked)} layers, so that some would be empty: "
-            "say fewer --rounds, a lower --fraction or a higher --density."
+            f"round {tickets.rounds} would leave fewer weights ({left}) than there are layers ({len(ranked)}), so that "
+            "some would be empty: say fewer --rounds, a lower --fraction or a higher --density."
         )
 
 
