@@ -148,7 +148,7 @@ class Lottery:
 
     preset: Literal["short", "paper", "conv2", "conv4", "conv6", "resnet-20", "vgg-16"] = "short"
     """The defaults below. short: curves that separate within minutes. paper: the published numbers of steps, rounds and
-    trials of LeNet-300-100. The others: published settings of this network on CIFAR-10, which take hours."""
+    trials of LeNet-300-100. The others: published settings of this network on CIFAR-10, of 20,000 steps and more."""
     sweep: Literal["none", "early", "rewind", "rounds", "criterion", "untrained"] = "none"
     """Repeat the experiment, with one-shot pruning to --density (0.1), over the step that the masks are drawn at, the
     step that is rewound to, or the mask criterion; or over the number of rounds to that density. untrained: the

@@ -493,6 +493,21 @@ def test_settings_out_of_range_are_user_errors(wrong):
         changed(lottery.Config(), **wrong).check()
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "lenet-300-100-mnist-s0-5f803e1c"),
+        ({"kept": "reshuffle", "rewind_step": 100}, "lenet-300-100-mnist-s0-74dacdd7"),
+        ({"model": "resnet-20", "sweep": "rewind", "density": 0.1}, "rewind-resnet-20-mnist-s0-2293810f"),
+    ],
+)
+def test_a_run_has_the_name_that_it_had_before_images_were_augmented(tmp_path, monkeypatch, changes, name):
+    monkeypatch.chdir(tmp_path)
+    settings = changed(lottery.Config(), dataset="mnist", validation=5000, **changes)
+    workdir = rounds.open_workdir(settings, dataclasses.replace(images(), name="mnist"))
+    assert workdir.path.name == name
+
+
 def test_the_papers_preset_has_its_densities():
     """100, 51.3, 21.1 and 3.6 % after 0, 3, 7 and 15 rounds: as the paper counts, without biases."""
     config = changed(lottery.Config(), **lottery.defaults("paper"))
