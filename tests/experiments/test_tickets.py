@@ -575,9 +575,10 @@ STEPS = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "steps", "drop_at
 @pytest.mark.parametrize(("kept", "rewind_step"), [("learning-rate", 0), ("learning-rate", 5), ("finetune", 0)])
 def test_a_round_goes_on_from_the_end_of_the_round_before(tmp_path, with_statistics, kept, rewind_step):
     """Weights and statistics are those of the file before, and the end is that of training from there by itself."""
-    settings = config(tmp_path, **STEPS, kept=kept, rewind_step=rewind_step, stability=True)
+    falling = {**STEPS, "schedule": "exponential", "drop_at": (), "final_rate": 0.1}  # past its end too
+    settings = config(tmp_path, **falling, kept=kept, rewind_step=rewind_step, stability=True)
     summary = rounds.run(settings, images())
-    alone = STEPS if kept == "learning-rate" else {"optimizer": "sgd", "learning_rate": 0.01}  # a tenth, at its end
+    alone = falling if kept == "learning-rate" else {"optimizer": "sgd", "learning_rate": 0.1 * 0.1 ** (29 / 30)}
     trainer = a_trainer(tmp_path / "alone", **alone)
     like = trainer.draw(jax.random.key(0))
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
