@@ -14,6 +14,7 @@ UNTRAINED = {
     "unit": "weight",
     "conv_fraction": None,
     "spare_output": False,
+    "layer_minimum": 0,
     "kept": "rewind",
     "pruned": "zero",
     "rewind_step": 0,
@@ -39,6 +40,9 @@ class Tickets:
     """Weights remaining after the last round: instead of --fraction, which is then computed from --rounds."""
     scope: Literal["layer", "global"] = "layer"
     """Rank weights within each layer, or all of them together."""
+    layer_minimum: int = 0
+    """Weights that --scope global leaves in each layer at least. Without it a round may empty a layer; a warning then
+    names it."""
     unit: Literal["weight", "neuron"] = "weight"
     """Prune single weights, or whole neurons and channels (never outputs): then --fraction and --density count those,
     and the density that is reported is that of the weights into the ones that are left."""
@@ -80,6 +84,7 @@ class Tickets:
             ("density", self.density is None or 0 < self.density < 1, "the fraction kept, in (0, 1)"),
             ("steps", self.steps >= 1, "1 or more"),
             ("rewind_step", 0 <= self.rewind_step < self.steps, f"in [0, {self.steps}), the number of --steps"),
+            ("layer_minimum", self.layer_minimum >= 0, "0 or more weights"),
             ("prune_at", 0 < self.prune_at <= 1, "a part of training, in (0, 1]"),
             ("trials", self.trials >= 1, "1 or more"),
             ("eval_every", self.eval_every >= 1, "1 or more steps"),
@@ -112,6 +117,10 @@ class Tickets:
             (
                 self.conv_fraction is not None and self.scope == "global",
                 "--scope global ranks all layers together and has no --conv-fraction: say --scope layer.",
+            ),
+            (
+                self.layer_minimum and self.scope == "layer",
+                "--layer-minimum is for --scope global: a layer that is ranked by itself always keeps a weight.",
             ),
             (
                 self.conv_fraction is not None and self.density is not None,

@@ -292,10 +292,9 @@ def make_prune(tickets: Tickets, key: jax.Array, output: str) -> Callable[[Prune
         if tickets.scope == "layer":
             rates = {path: rate(path, mask) for path, mask in by_path(masks).items()}
             return lottery.prune_by(scores, masks, rates, scope="layer", unit=tickets.unit)
-        if not tickets.spare_output:
-            return lottery.prune_by(scores, masks, fraction, scope="global")
-        ranked = [without(tree, output) for tree in (scores, masks)]  # a leaf that is None is not ranked
-        pruned = by_path(lottery.prune_by(*ranked, fraction, scope="global"))
+        spared = output if tickets.spare_output else None
+        ranked = [without(tree, spared) for tree in (scores, masks)]  # a leaf that is None is not ranked
+        pruned = by_path(lottery.prune_by(*ranked, fraction, scope="global", minimum=tickets.layer_minimum))
         return map_with_name(lambda path, mask: pruned.get(path, mask), masks)
 
     return prune
@@ -310,15 +309,15 @@ def _fractions(tickets: Tickets) -> tuple[float, float]:
     return fraction, 0.0 if tickets.spare_output or tickets.unit == "neuron" else of_output
 
 
-def without(tree: Tree, path: str) -> Tree:
-    """The tree with None in place of one leaf."""
+def without(tree: Tree, path: str | None) -> Tree:
+    """The tree with None in place of one leaf, if a path is given."""
     return map_with_name(lambda name, leaf: None if name == path else leaf, tree)
 
 
 def check_densities(tickets: Tickets, sizes: Mapping[str, int], output: str) -> None:
-    """Raises UserError where the last round leaves fewer weights than there are layers: one would be empty.
+    """Raises UserError where the last round leaves fewer weights than a global ranking needs for each layer.
 
-    A layer that is ranked by itself always keeps a weight; where a global ranking empties a layer, a warning says so.
+    It needs one for each, or --layer-minimum. A layer that is ranked by itself always keeps a weight.
 
     Args:
       tickets: the settings.
@@ -331,10 +330,12 @@ def check_densities(tickets: Tickets, sizes: Mapping[str, int], output: str) -> 
     left, fraction = sum(ranked), _fractions(tickets)[0]
     for _ in range(tickets.rounds):
         left = keep_count(1 - exact(fraction), left)
-    if left < len(ranked):
+    needed = sum(min(max(tickets.layer_minimum, 1), size) for size in ranked)
+    if left < needed:
+        each = f"--layer-minimum {tickets.layer_minimum}" if tickets.layer_minimum else "one"
         raise UserError(
-            f"round {tickets.rounds} would leave fewer weights ({left}) than there are layers ({len(ranked)}), so that "
-            "some would be empty: say fewer --rounds, a lower --fraction or a higher --density."
+            f"round {tickets.rounds} would leave {left} of the weights, and {len(ranked)} layers need {needed} to have "
+            f"{each} each: say fewer --rounds, a lower --fraction or a higher --density."
         )
 
 

@@ -309,6 +309,20 @@ def test_a_global_ranking_can_spare_the_output_layer(tmp_path):
     assert of_layers["Dense_0/kernel"] != of_layers["Dense_1/kernel"]
 
 
+def test_a_global_ranking_leaves_the_minimum_in_each_layer_or_is_refused(tmp_path):
+    start = small(1)
+    final = {**small(3), "Dense_1": {"kernel": 1e-6 * small(3)["Dense_1"]["kernel"]}}
+    settings = config(tmp_path, fraction=0.7, scope="global", layer_minimum=7)
+    of_layers = pruned_once(settings, "Dense_2/kernel", start, final)
+    assert round(of_layers["Dense_1/kernel"] * 50 * 40) == 7
+    sizes = {"a": 1000, "b": 5}
+    rounds.check_densities(changed(settings, rounds=1, fraction=0.9, layer_minimum=90).tickets, sizes, "b")
+    with pytest.raises(
+        UserError, match="leave 101 of the weights, and 2 layers need 105 to have --layer-minimum 100 each"
+    ):
+        rounds.check_densities(changed(settings, rounds=1, fraction=0.9, layer_minimum=100).tickets, sizes, "b")
+
+
 @pytest.mark.parametrize("preset", LOTTERY)
 def test_every_preset_is_valid_alone_and_with_learning_rate_rewinding_and_sweeps(preset):
     parse = parser(lottery.Config, lottery.defaults)
@@ -321,9 +335,7 @@ def test_every_preset_is_valid_alone_and_with_learning_rate_rewinding_and_sweeps
 
 def test_what_leaves_fewer_weights_than_layers_is_refused_before_training(tmp_path):
     few = {"scope": "global", "rounds": 3, "fraction": 0.99}
-    with pytest.raises(
-        UserError, match=r"round 3 would leave fewer weights \(1\) than there are layers \(3\).*--density"
-    ):
+    with pytest.raises(UserError, match=r"round 3 would leave 1 of the weights, and 3 layers need 3 .*--density"):
         rounds.run(config(tmp_path, **few), images())
     assert not list((tmp_path / "run").glob("networks/*"))
     sizes = {"a": 10_000, "b": 10_000, "c": 100}
@@ -332,7 +344,7 @@ def test_what_leaves_fewer_weights_than_layers_is_refused_before_training(tmp_pa
     rounds.check_densities(
         config(tmp_path, **few | {"rounds": 2, "fraction": 0.991, "spare_output": True}).tickets, sizes, "c"
     )
-    with pytest.raises(UserError, match=r"weights \(2\) than there are layers \(3\)"):
+    with pytest.raises(UserError, match="leave 2 of the weights, and 3 layers need 3 to have one each"):
         rounds.check_densities(config(tmp_path, **few | {"rounds": 2, "fraction": 0.991}).tickets, sizes, "c")
 
 
@@ -470,6 +482,8 @@ def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_wen
         {"unit": "neuron", "pruned": "freeze"},
         {"unit": "neuron", "rewind_step": 10},
         {"prune_at": 0.1, "rewind_step": 600},
+        {"layer_minimum": 1},
+        {"layer_minimum": -1, "scope": "global"},
         {"conv_fraction": 1.0},
         {"conv_fraction": 0.1, "scope": "global"},
         {"conv_fraction": 0.1, "density": 0.1},
