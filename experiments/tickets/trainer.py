@@ -33,6 +33,7 @@ from experiments.training.optimizer import begin_schedule_at, hold_last_rate, ma
 from supermask_jax import artifact, lottery
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
+PAUSE_EVERY = 10  # steps, where each is a call of its own: for a signal, which would wait for an evaluation else
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
 
 
@@ -170,7 +171,8 @@ class Trainer:
             progress.curve[0] = self._row(progress.state.subnet, progress.state.model_state)
         advance = stepper.over(self._stepper, self._epochs, candidate.order)
         events = self._events(candidate.name, measured_at, draw_at, last, checkpoints)
-        progress = train(advance, progress, step, last, events)
+        at_once = PAUSE_EVERY if self._stepper.steps_per_call == 1 else last
+        progress = train(advance, progress, step, last, events, at_once)
         counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(candidate.masks).items()}
         curve = {name: progress.curve[:, i].tolist() for i, name in enumerate(CURVE)}
         record = {

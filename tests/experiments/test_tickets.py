@@ -281,6 +281,15 @@ def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
         assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
 
 
+def test_a_signal_stops_a_network_with_convolutions_after_ten_steps_and_not_at_the_next_evaluation(tmp_path):
+    settings = config(tmp_path, model="cnn", width=2, depth=1, eval_every=30, checkpoint_every=30)
+    workdir = rounds.open_workdir(settings, images())
+    trainer = Trainer(settings, images(), workdir, lambda *_: None, stop_requested=lambda: True)
+    begin = trainer.draw(jax.random.key(1))
+    with pytest.raises(Interrupted, match="saved at step 10 of 30"):
+        trainer.train(Candidate("network", begin, full_masks(begin.weights), jax.random.key(2)))
+
+
 def with_a_convolution(seed):
     rng = np.random.default_rng(seed)
     shapes = {"Conv_0": (3, 3, 2, 10), "Dense_0": (10, 30), "Dense_1": (30, 10)}
