@@ -9,12 +9,11 @@ it is pruned, by which criterion?
 from dataclasses import dataclass
 
 from experiments.config.flags import parser
+from experiments.config.presets import LOTTERY
 from experiments.config.tickets import Lottery
 from experiments.run import command_line
 
 PROG = "python -m experiments.lottery"
-# Frankle & Carbin 2019, table 1 (LeNet): Adam 1.2e-3, batches of 60, 20 % a round, the output layer at half of it.
-PRESETS = {"short": {}, "paper": {"steps": 50_000, "rounds": 20, "trials": 5, "checkpoint_every": 10_000}}
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Config(Lottery):
 
 def defaults(preset: str = "short") -> dict:
     """The settings of a preset, as far as they differ from the fields' own defaults."""
-    return {"preset": preset, **PRESETS[preset]}
+    return {"preset": preset, **LOTTERY[preset]}
 
 
 def main(config: Config) -> dict:

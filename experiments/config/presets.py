@@ -75,6 +75,41 @@ CIFAR: Recipes = {
     **{("paper", name): {**_CIFAR_PRUNED_PAPER, "distribution": "global"} for name in SALIENCIES},
 }
 
+# Frankle & Carbin 2019, figure 2, as a replication and the released code of Zhou et al. 2019 have it: Adam, batches of
+# 60, Glorot weights, the output layer at half the rate of dense layers. The number of rounds on CIFAR-10 is ours.
+_TICKETS = {"rounds": 20, "trials": 5, "checkpoint_every": 10_000}
+_CONV_TICKETS = {**_TICKETS, "dataset": "cifar10", "eval_every": 200}
+# The defaults of open_lth (Frankle et al. 2020) for CIFAR-10: SGD, 160 epochs of 391 steps, a tenth of the rate after
+# 80 and 120 epochs, a fifth of all weights in each round, and 500 steps of training before the weights that are rewound
+# to. The numbers of rounds and trials are ours. The held-out images make our epochs 351 steps; the steps are theirs.
+_BATCHNORM_TICKETS = {
+    **_CIFAR_IMAGES,
+    "dataset": "cifar10",
+    "init": "kaiming-normal",
+    "affine": True,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "weight_decay": 1e-4,
+    "schedule": "steps",
+    "drop_at": (0.5, 0.75),
+    "steps": 160 * 391,
+    "eval_every": 1000,
+    "rewind_step": 500,
+    "scope": "global",
+    "rounds": 10,
+    "checkpoint_every": 5000,
+}
+
+LOTTERY: Mapping[str, Mapping] = {  # preset: settings of `experiments.lottery`
+    "short": {},
+    "paper": {**_TICKETS, "steps": 50_000},
+    "conv2": {**_CONV_TICKETS, "model": "conv2", "learning_rate": 2e-4, "steps": 20_000, "conv_fraction": 0.1},
+    "conv4": {**_CONV_TICKETS, "model": "conv4", "learning_rate": 3e-4, "steps": 25_000, "conv_fraction": 0.1},
+    "conv6": {**_CONV_TICKETS, "model": "conv6", "learning_rate": 3e-4, "steps": 30_000, "conv_fraction": 0.15},
+    "resnet-20": {**_BATCHNORM_TICKETS, "model": "resnet-20"},
+    "vgg-16": {**_BATCHNORM_TICKETS, "model": "vgg-16", "spare_output": True},
+}
+
 
 def best_recipe(dataset: str, method: str) -> dict:
     """The settings of our best recipe for a method on a data set, as far as they differ from the fields' defaults."""

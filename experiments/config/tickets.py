@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from experiments.config.registry import CRITERIA, DATASETS
-from experiments.config.sections import Data, Init, Model, Optim, Output
+from experiments.config.sections import Augment, Data, Init, Model, Optim, Output
 from experiments.config.settings import changed, flat
 from experiments.run.errors import UserError, require
 
@@ -12,11 +12,15 @@ from experiments.run.errors import UserError, require
 UNTRAINED = {
     "scope": "layer",
     "unit": "weight",
+    "conv_fraction": None,
+    "spare_output": False,
+    "layer_minimum": 0,
     "kept": "rewind",
     "pruned": "zero",
     "rewind_step": 0,
     "stability": False,
 }
+TRAINED = ("learning-rate", "finetune")  # the choices of `kept` under which a ticket goes on from trained weights
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,33 @@ class Tickets:
     fraction: float = 0.2
     """The part of what is left that a round removes from each layer; half of it from the output layer, which --unit
     neuron does not prune and --scope global ranks with the rest."""
+    conv_fraction: float | None = None
+    """The same of each convolution, where convolutions are pruned more slowly than dense layers. [--fraction]"""
+    spare_output: bool = False
+    """Prune nothing of the output layer, with --scope global too."""
     density: float | None = None
     """Weights remaining after the last round: instead of --fraction, which is then computed from --rounds."""
     scope: Literal["layer", "global"] = "layer"
     """Rank weights within each layer, or all of them together."""
+    layer_minimum: int = 0
+    """Weights that --scope global leaves in each layer at least. Without it a round may empty a layer; a warning then
+    names it."""
     unit: Literal["weight", "neuron"] = "weight"
     """Prune single weights, or whole neurons and channels (never outputs): then --fraction and --density count those,
     and the density that is reported is that of the weights into the ones that are left."""
     criterion: Literal[*CRITERIA] = "large_final"
     """What ranks the weights, from their values before and after training. large_final: their magnitude after it."""
-    kept: Literal["rewind", "reinit", "reshuffle", "signed-constant"] = "rewind"
+    kept: Literal["rewind", "reinit", "reshuffle", "signed-constant", "learning-rate", "finetune"] = "rewind"
     """What the kept weights of a ticket start from: their old values; new ones; the old ones of other kept weights; or
-    the old signs at one size, the layer's standard deviation."""
+    the old signs at one size, the layer's standard deviation. learning-rate, finetune: from what they are after the
+    round before, on new batches (Renda et al. 2020); either the schedule is replayed from --rewind-step on, or they
+    train for --steps more at the rate of its last step."""
     pruned: Literal["zero", "freeze"] = "zero"
     """Pruned weights are zero, or stay what they were at the start."""
     rewind_step: int = 0
-    """Tickets go back to the weights of this step of training, and train from there with a new optimizer; so does the
-    full network that the first masks are drawn from. What a criterion calls initial are these weights."""
+    """Tickets go back to the weights of this step of training. From there they train to the last step, on the same
+    schedule of the learning rate but with a new optimizer; so does the full network that the first masks are drawn
+    from. What a criterion calls initial are these weights."""
     prune_at: float = 1.0
     """The part of training, in (0, 1], after which the masks are drawn. Training itself always continues to the end."""
     controls: tuple[Literal["reinit", "random"], ...] = ("reinit", "random")
@@ -66,9 +80,11 @@ class Tickets:
             self,
             ("rounds", self.rounds >= 1, "1 or more"),
             ("fraction", 0 < self.fraction < 1, "the part of what is left that a round removes, in (0, 1)"),
+            ("conv_fraction", _is_fraction(self.conv_fraction), "the part that a round removes, in (0, 1)"),
             ("density", self.density is None or 0 < self.density < 1, "the fraction kept, in (0, 1)"),
             ("steps", self.steps >= 1, "1 or more"),
             ("rewind_step", 0 <= self.rewind_step < self.steps, f"in [0, {self.steps}), the number of --steps"),
+            ("layer_minimum", self.layer_minimum >= 0, "0 or more weights"),
             ("prune_at", 0 < self.prune_at <= 1, "a part of training, in (0, 1]"),
             ("trials", self.trials >= 1, "1 or more"),
             ("eval_every", self.eval_every >= 1, "1 or more steps"),
@@ -98,17 +114,50 @@ class Tickets:
                 self.kept == "reinit" and "reinit" in self.controls,
                 "--kept reinit makes the tickets what the control reinit is: say --controls random.",
             ),
+            (
+                self.conv_fraction is not None and self.scope == "global",
+                "--scope global ranks all layers together and has no --conv-fraction: say --scope layer.",
+            ),
+            (
+                self.layer_minimum and self.scope == "layer",
+                "--layer-minimum is for --scope global: a layer that is ranked by itself always keeps a weight.",
+            ),
+            (
+                self.conv_fraction is not None and self.density is not None,
+                "--density sets one fraction for all layers: leave --conv-fraction out, or say --conv-fraction None.",
+            ),
         ):
             if wrong:
                 raise UserError(says)
+        if self.kept in TRAINED:
+            self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Raises UserError on settings that mean nothing for tickets that go on from their trained weights."""
+        for wrong, says in (
+            (self.prune_at < 1, "goes on from the end of training: leave --prune-at at 1."),
+            (self.unit == "neuron", "keeps trained biases, and --unit neuron needs biases that begin at 0."),
+            (self.transfer_to, "goes on from weights trained on --dataset: it does not go with --transfer-to."),
+            (
+                self.kept == "finetune" and self.rewind_step,
+                "goes back to no step: say --rewind-step 0, or --kept learning-rate.",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"--kept {self.kept} {says}")
+
+
+def _is_fraction(value: float | None) -> bool:
+    return value is None or 0 < value < 1
 
 
 @dataclass(frozen=True)
 class Lottery:
     """Find winning tickets (Frankle & Carbin 2019): train, prune, rewind, again; beside the controls."""
 
-    preset: Literal["short", "paper"] = "short"
-    """short: curves that separate within minutes. paper: the published numbers of steps, rounds and trials."""
+    preset: Literal["short", "paper", "conv2", "conv4", "conv6", "resnet-20", "vgg-16"] = "short"
+    """The defaults below. short: curves that separate within minutes. paper: the published numbers of steps, rounds and
+    trials of LeNet-300-100. The others: published settings of this network on CIFAR-10, of 20,000 steps and more."""
     sweep: Literal["none", "early", "rewind", "rounds", "criterion", "untrained"] = "none"
     """Repeat the experiment, with one-shot pruning to --density (0.1), over the step that the masks are drawn at, the
     step that is rewound to, or the mask criterion; or over the number of rounds to that density. untrained: the
@@ -119,6 +168,7 @@ class Lottery:
     model: Model = Model(model="lenet-300-100", biases=True)
     init: Init = Init(init="glorot-normal")
     optim: Optim = Optim(batch_size=60, learning_rate=1.2e-3, schedule="constant", optimizer="adam")
+    augment: Augment = Augment()
     data: Data = Data()
     output: Output = Output(checkpoint_every=2000)
 
@@ -134,13 +184,22 @@ class Lottery:
     def check(self) -> None:
         """Raises UserError on a setting out of range, or on settings that exclude each other."""
         require(self, ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"))
-        for section in (self.tickets, self.model, self.init, self.optim, self.data, self.output):
+        for section in (self.tickets, self.model, self.init, self.optim, self.augment, self.data, self.output):
             section.check()
         tickets = self.tickets
         for wrong, says in (
             (
-                tickets.rewind_step and self.optim.schedule != "constant",
-                "--rewind-step begins a new schedule: say --schedule constant.",
+                tickets.kept == "finetune" and self.optim.schedule == "cosine",
+                "--kept finetune trains on at the last rate of the schedule, which is 0 with --schedule cosine: say "
+                "--schedule steps, or --kept learning-rate.",
+            ),
+            (
+                tickets.kept in TRAINED and self.sweep == "early",
+                f"--sweep early draws masks before training ends, and --kept {tickets.kept} goes on from its end.",
+            ),
+            (
+                tickets.kept == "finetune" and self.sweep == "rewind",
+                "--kept finetune goes back to no step, so that there is no --sweep rewind of it.",
             ),
             (
                 self.init.scale_weights,

@@ -116,9 +116,12 @@ def inputs(summary: dict):
 def _title(summary: dict) -> str:
     config = summary["config"]
     how = "one-shot" if config["rounds"] == 1 else f"{config['rounds']} rounds"
-    where = f"rewound to step {config['rewind_step']}" if config["rewind_step"] else "rewound to the start"
+    to = f"to step {config['rewind_step']}" if config["rewind_step"] else "to the start"
+    ways = {"learning-rate": f"learning rate rewound {to}", "finetune": "fine-tuned"}
+    where = ways.get(config["kept"], f"rewound {to}")
     usual = {"criterion": "large_final", "kept": "rewind", "pruned": "zero", "scope": "layer", "unit": "weight"}
-    others = [f"{name} {config[name]}" for name, value in usual.items() if config[name] != value]
+    named = [name for name, value in usual.items() if config[name] != value and config[name] not in ways]
+    others = [f"{name} {config[name]}" for name in named]
     if summary["tickets_from"] != summary["dataset"]:
         others.append(f"tickets from {summary['tickets_from']}")
     trials = f"{config['trials']} trials, lowest to highest" if config["trials"] > 1 else "1 trial"

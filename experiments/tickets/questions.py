@@ -64,15 +64,21 @@ def compared(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:
     for value in values:
         if setting == "rewind_step" and value >= config.tickets.steps:
             continue
-        changes = {"rounds": 1, "stability": setting == "rewind_step", setting: value}
-        changes |= {"sweep": "none", "density": config.tickets.density or SWEEP_DENSITY}
-        one = changed(config, **changes, workdir=str(workdir.path / f"{setting}-{value}"))
+        one = changed(config, **changes_of(config, value), workdir=str(workdir.path / f"{setting}-{value}"))
         one.check()
         summary = rounds.run(one, dataset)
         last = [record for record in summary["networks"] if record["round"] == one.tickets.rounds]
         names = ("trial", "network", "density", *(name for name, _, _ in PANELS), "instability")
         rows += [{"value": value, **{name: r[name] for name in names if name in r}} for r in last]
     return rows
+
+
+def changes_of(config: Lottery, value) -> dict:
+    """The settings of one value of a sweep, as far as they are not the sweep's own."""
+    setting = SWEEPS[config.sweep][0]
+    density = config.tickets.density or SWEEP_DENSITY  # which takes the place of the fractions
+    changes = {"rounds": 1, "stability": setting == "rewind_step", "density": density, "conv_fraction": None}
+    return changes | {"sweep": "none", setting: value}
 
 
 def untrained(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:

@@ -1,7 +1,7 @@
 """Iterative pruning as an experiment: trials, rounds, tickets and their controls; its files, its summary."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config.settings import changed, flat, neutral, without_unread
-from experiments.config.tickets import Lottery, Tickets
+from experiments.config.tickets import TRAINED, Lottery, Tickets
 from experiments.data.load import load
 from experiments.data.source import Dataset
 from experiments.run.display import show_warning
@@ -22,7 +22,8 @@ from experiments.tickets import display, plots
 from experiments.tickets.trainer import Candidate, Snapshot, Trained, Trainer
 from experiments.training import images, summary
 from supermask_jax import initializers, lottery, saliency
-from supermask_jax.trees import Tree, by_path, leaf_key
+from supermask_jax.densities import exact, keep_count
+from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name
 from supermask_jax.units import unit_masks
 
 SUMMARY_KEYS = {"dataset", "model", "networks", "per_input", "seed", "config"}
@@ -125,6 +126,7 @@ class Experiment:
             return Trainer(config, images, workdir, self._shown.step, lambda: self._stop_requested())
 
         self._source = trainer(dataset)
+        check_densities(tickets, self._source.sizes, self._source.network.last)
         self._trainer = trainer(target) if target else self._source
         self._initial: dict[int, Snapshot] = {}
 
@@ -146,14 +148,13 @@ class Experiment:
         start, full = self.start(trial), lottery.full_masks(self.initial(trial).weights)
         begins = _starts(tickets, key, start, self._source.draw(leaf_key(key, "other weights")))
         transferred = self._trainer is not self._source
+        last = start  # the ticket of the round before, as it ended
 
         def network(kind: str, number: int, masks: Tree, trainer: Trainer) -> Trained:
-            begin = begins(kind, number, masks)
-            order = leaf_key(key, "another order" if kind == "again" else "order")
-            is_new = number > 0 and (kind == "reinit" or (tickets.kept == "reinit" and kind != "random"))
-            first_step = 0 if is_new else tickets.rewind_step  # new weights have all their training before them
+            begin, steps = begins(kind, number, masks, last), _first_steps(tickets, kind, number)
+            order = leaf_key(key, _order(tickets, kind, number))
             name, is_control = f"trial{trial}-round{number}-{kind}", kind in tickets.controls
-            trained = trainer.train(Candidate(name, begin, masks, order, first_step, is_control=is_control))
+            trained = trainer.train(Candidate(name, begin, masks, order, *steps, is_control=is_control))
             head = {"trial": trial, "round": number, "network": kind}
             trained = trained._replace(record=head | trained.record | best(trained.record["curve"]))
             self._shown.network(trained.record)
@@ -161,7 +162,7 @@ class Experiment:
 
         def train(_, masks, number):
             kind = "source" if transferred else "ticket"
-            return Pruned(begins(kind, number, masks), network(kind, number, masks, self._source))
+            return Pruned(begins(kind, number, masks, last), network(kind, number, masks, self._source))
 
         prune = make_prune(tickets, key, self._source.network.last)
         for number, masks, (before, after) in lottery.iterative_pruning(train, start, full, tickets.rounds, prune):
@@ -174,6 +175,7 @@ class Experiment:
             for kind in tickets.controls if number else ():
                 of_kind = masks if kind == "reinit" else random_control(tickets, key, number, masks)
                 records.append(network(kind, number, of_kind, self._trainer).record)
+            last = after.drawn
             yield Outcome(number, records, per_input(masks, self._source.network.first), after.drawn)
 
     def key(self, trial: int) -> jax.Array:
@@ -207,28 +209,54 @@ class Pruned(NamedTuple):
     after: Trained
 
 
-def _starts(tickets: Tickets, key: jax.Array, start: Snapshot, other: Snapshot) -> Callable[[str, int, Tree], Snapshot]:
-    """(kind of network, round, its masks) -> what it starts from. Round 0 is the full network."""
+def _starts(
+    tickets: Tickets, key: jax.Array, start: Snapshot, other: Snapshot
+) -> Callable[[str, int, Tree, Snapshot], Snapshot]:
+    """(kind of network, round, its masks, the last ticket as it ended) -> what it starts from.
 
-    def reshuffled(masks: Tree) -> Snapshot:
+    Round 0 is the full network.
+    """
+
+    def trained(masks: Tree, last: Snapshot) -> Snapshot:
+        return last._replace(weights=where_kept(masks, last.weights, start.weights))
+
+    def reshuffled(masks: Tree, last: Snapshot) -> Snapshot:
         return start._replace(weights=lottery.reshuffled(leaf_key(key, "reshuffle"), start.weights, masks))
 
-    def signed_constant(masks: Tree) -> Snapshot:
+    def signed_constant(masks: Tree, last: Snapshot) -> Snapshot:
         constants = initializers.signed_deviation(start.weights)
         return start._replace(weights=where_kept(masks, constants, start.weights))
 
     ways = {
-        "rewind": lambda masks: start,
-        "reinit": lambda masks: other,
+        "rewind": lambda masks, last: start,
+        "reinit": lambda masks, last: other,
         "reshuffle": reshuffled,
         "signed-constant": signed_constant,
+        **dict.fromkeys(TRAINED, trained),
     }
     controls = {"reinit": ways["reinit"], "random": ways["rewind"]}
 
-    def begins(kind: str, number: int, masks: Tree) -> Snapshot:
-        return controls.get(kind, ways[tickets.kept])(masks) if number else start
+    def begins(kind: str, number: int, masks: Tree, last: Snapshot) -> Snapshot:
+        return controls.get(kind, ways[tickets.kept])(masks, last) if number else start
 
     return begins
+
+
+def _first_steps(tickets: Tickets, kind: str, number: int) -> tuple[int, int]:
+    """(the step of training, the step of the schedule) that a network begins at."""
+    of_ticket = kind not in ("reinit", "random")
+    if number and (kind == "reinit" or (tickets.kept == "reinit" and of_ticket)):
+        return 0, 0  # new weights have all their training before them
+    if number and tickets.kept == "finetune" and of_ticket:
+        return 0, tickets.steps  # the schedule is over
+    return tickets.rewind_step, tickets.rewind_step
+
+
+def _order(tickets: Tickets, kind: str, number: int) -> str:
+    """The name of the order of a network's batches: of all, but what goes on from trained weights sees new batches."""
+    name = "another order" if kind == "again" else "order"
+    goes_on = number and tickets.kept in TRAINED and kind not in ("reinit", "random")
+    return f"{name} of round {number}" if goes_on else name
 
 
 def random_control(tickets: Tickets, key: jax.Array, number: int, masks: Tree) -> Tree:
@@ -248,14 +276,14 @@ def where_kept(masks: Tree, kept: Tree, pruned: Tree) -> Tree:
 def make_prune(tickets: Tickets, key: jax.Array, output: str) -> Callable[[Pruned, Tree], Tree]:
     """(network, masks) -> the next masks, by the criterion and at the rates that the settings name.
 
-    output: the path of the last kernel, of which half as much is pruned.
+    output: the path of the last kernel, of which half as much is pruned, or nothing.
     """
-    fraction, of_output = tickets.fraction, tickets.fraction / 2
-    if tickets.density:
-        fraction = lottery.round_fraction(tickets.density, tickets.rounds)
-        of_output = lottery.round_fraction((1 + tickets.density) / 2, tickets.rounds)
-    if tickets.unit == "neuron":
-        of_output = 0.0
+    fraction, of_output = _fractions(tickets)
+
+    def rate(path: str, mask: jax.Array) -> float:
+        if path == output:
+            return of_output
+        return tickets.conv_fraction if mask.ndim > 2 and tickets.conv_fraction is not None else fraction
 
     def prune(network, masks):
         left = sum(int(jnp.sum(mask)) for mask in jax.tree.leaves(masks))
@@ -263,11 +291,54 @@ def make_prune(tickets: Tickets, key: jax.Array, output: str) -> Callable[[Prune
         scores = saliency.criterion(
             tickets.criterion, network.before.weights, network.after.drawn.weights, masks=masks, key=random
         )
-        rates = {path: of_output if path == output else fraction for path in by_path(masks)}
-        rates = rates if tickets.scope == "layer" else fraction
-        return lottery.prune_by(scores, masks, rates, scope=tickets.scope, unit=tickets.unit)
+        if tickets.scope == "layer":
+            rates = {path: rate(path, mask) for path, mask in by_path(masks).items()}
+            return lottery.prune_by(scores, masks, rates, scope="layer", unit=tickets.unit)
+        spared = output if tickets.spare_output else None
+        ranked = [without(tree, spared) for tree in (scores, masks)]  # a leaf that is None is not ranked
+        pruned = by_path(lottery.prune_by(*ranked, fraction, scope="global", minimum=tickets.layer_minimum))
+        return map_with_name(lambda path, mask: pruned.get(path, mask), masks)
 
     return prune
+
+
+def _fractions(tickets: Tickets) -> tuple[float, float]:
+    """The part of what is left that a round removes: of the layers, and of the output layer by itself."""
+    fraction, of_output = tickets.fraction, tickets.fraction / 2
+    if tickets.density:
+        fraction = lottery.round_fraction(tickets.density, tickets.rounds)
+        of_output = lottery.round_fraction((1 + tickets.density) / 2, tickets.rounds)
+    return fraction, 0.0 if tickets.spare_output or tickets.unit == "neuron" else of_output
+
+
+def without(tree: Tree, path: str | None) -> Tree:
+    """The tree with None in place of one leaf, if a path is given."""
+    return map_with_name(lambda name, leaf: None if name == path else leaf, tree)
+
+
+def check_densities(tickets: Tickets, sizes: Mapping[str, int], output: str) -> None:
+    """Raises UserError where the last round leaves fewer weights than a global ranking needs for each layer.
+
+    It needs one for each, or --layer-minimum. A layer that is ranked by itself always keeps a weight.
+
+    Args:
+      tickets: the settings.
+      sizes: how many weights each layer has, by path.
+      output: the path of the last kernel.
+    """
+    if tickets.scope == "layer":
+        return
+    ranked = [size for path, size in sizes.items() if path != output or not tickets.spare_output]
+    left, fraction = sum(ranked), _fractions(tickets)[0]
+    for _ in range(tickets.rounds):
+        left = keep_count(1 - exact(fraction), left)
+    needed = sum(min(max(tickets.layer_minimum, 1), size) for size in ranked)
+    if left < needed:
+        each = f"--layer-minimum {tickets.layer_minimum}" if tickets.layer_minimum else "one"
+        raise UserError(
+            f"round {tickets.rounds} would leave {left} of the weights, and {len(ranked)} layers need {needed} to have "
+            f"{each} each: say fewer --rounds, a lower --fraction or a higher --density."
+        )
 
 
 def best(curve: dict[str, list]) -> dict[str, float]:

@@ -29,10 +29,11 @@ from experiments.training.events import saving, stop_if_not_finite
 from experiments.training.loop import Batch, Event, at, train
 from experiments.training.loss import make_loss
 from experiments.training.network import Network, network
-from experiments.training.optimizer import make_optimizer, make_schedule
+from experiments.training.optimizer import begin_schedule_at, hold_last_rate, make_optimizer, make_schedule
 from supermask_jax import artifact, lottery
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name, ones_and_sizes
 
+PAUSE_EVERY = 10  # steps, where each is a call of its own: for a signal, which would wait for an evaluation else
 CURVE = ("validation_loss", "validation_accuracy", "test_accuracy")
 
 
@@ -51,6 +52,7 @@ class Candidate(NamedTuple):
     masks: Tree
     order: jax.Array  # key of the order of the batches
     first_step: int = 0
+    schedule_step: int | None = None  # that its schedule begins at: the first step, if None
     last_step: int | None = None  # the experiment's, if None
     is_control: bool = False  # then only its record is kept, no weights
 
@@ -98,13 +100,20 @@ class Trainer:
         self._splits = Split("validation", held_out), Split("test", dataset.test)
         self._epochs = stepper.Epochs(len(rest.train), config.optim.batch_size, self.network.has_state)
         if not self._epochs.steps:
-            raise DataError(f"--batch-size {config.optim.batch_size} needs as many training images as that")
+            raise DataError(
+                f"--batch-size {config.optim.batch_size} needs as many training images, and {dataset.name} has "
+                f"{len(rest.train)} left: {config.model.model} has batch statistics, and trains on whole batches only."
+            )
         schedule = make_schedule(config.optim, config.tickets.steps, self._epochs.steps)
+        if config.tickets.kept == "finetune":  # it trains on when the schedule is over
+            schedule = hold_last_rate(schedule, config.tickets.steps)
         self._tx = make_optimizer(config.optim, schedule)
-        loss_fn = make_loss(self.network, rest.mean, rest.std)
+        loss_fn = make_loss(self.network, rest.mean, rest.std, config.augment, config.optim.label_smoothing)
         # The masks are in the optimizer's state or in the scores, never in the step: one compilation serves them all.
         blank, _ = self.network.blank(jax.random.key(0))
-        tx = self._with_frozen(lottery.full_masks(blank))
+        full = lottery.full_masks(blank)
+        self.sizes = {path: mask.size for path, mask in by_path(full).items()}  # of each layer, in weights
+        tx = self._with_frozen(full)
         step = sm.make_train_step(sm.identity, loss_fn, tx, learns="weights")
         calls = stepper.steps_per_call(blank)
         self._stepper = stepper.make_stepper(step, "weights", rest.train, Placement(), calls)
@@ -162,7 +171,8 @@ class Trainer:
             progress.curve[0] = self._row(progress.state.subnet, progress.state.model_state)
         advance = stepper.over(self._stepper, self._epochs, candidate.order)
         events = self._events(candidate.name, measured_at, draw_at, last, checkpoints)
-        progress = train(advance, progress, step, last, events)
+        at_once = PAUSE_EVERY if self._stepper.steps_per_call == 1 else last
+        progress = train(advance, progress, step, last, events, at_once)
         counts = {path: {"kept": kept, "size": size} for path, (kept, size) in ones_and_sizes(candidate.masks).items()}
         curve = {name: progress.curve[:, i].tolist() for i, name in enumerate(CURVE)}
         record = {
@@ -180,7 +190,10 @@ class Trainer:
         tx, key = self._with_frozen(candidate.masks), leaf_key(candidate.order, "train")
         # A step gives its state away, and an optimizer may keep one array in two places: all of it is copied.
         state = jax.tree.map(jnp.copy, sm.init_state(subnet, tx, key, model_state, learns="weights"))
-        state = state._replace(step=jnp.int32(candidate.first_step))
+        first = candidate.first_step
+        due = first if candidate.schedule_step is None else candidate.schedule_step
+        opt_state = begin_schedule_at(due, state.opt_state)  # a rewound network is that far in the schedule too
+        state = state._replace(step=jnp.int32(first), opt_state=opt_state)
         curve = jnp.full((evaluations, len(CURVE)), jnp.nan)
         return _Progress(state, stepper.zero_totals(), _packed(state), curve, jnp.float32(0))
 

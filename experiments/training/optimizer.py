@@ -1,5 +1,9 @@
 """The optimizer that the settings name, and its learning rate."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from experiments.config.registry import OPTIMIZERS
@@ -41,3 +45,21 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
     entry = OPTIMIZERS[optim.optimizer]
     rule = entry.resolve()(schedule, **{name: getattr(optim, name) for name in entry.reads})
     return optax.chain(optax.add_decayed_weights(optim.weight_decay), rule)
+
+
+def begin_schedule_at(step: int, opt_state: Any) -> Any:
+    """A state of the optimizer whose schedule goes on from this step. All else, momentum say, is as it was."""
+
+    def moved(part: Any) -> Any:
+        return part._replace(count=jnp.int32(step)) if _counts_the_schedule(part) else part
+
+    return jax.tree.map(moved, opt_state, is_leaf=_counts_the_schedule)
+
+
+def hold_last_rate(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule of so many steps that stays at the rate of its last step from then on."""
+    return lambda step: schedule(jnp.minimum(step, steps - 1))
+
+
+def _counts_the_schedule(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)

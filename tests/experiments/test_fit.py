@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import supermask_jax as sm
+from experiments.config.registry import OPTIMIZERS
 from experiments.config.run import named
 from experiments.config.settings import changed, flat, neutral
 from experiments.data.batches import epoch_order
@@ -27,7 +28,7 @@ from experiments.training import fit as fitting
 from experiments.training import methods
 from experiments.training.evaluation import Split
 from experiments.training.loss import make_loss
-from experiments.training.optimizer import make_optimizer, make_schedule
+from experiments.training.optimizer import begin_schedule_at, hold_last_rate, make_optimizer, make_schedule
 from experiments.training.parts import Parts
 from experiments.training.stepper import OnDevice, Streamed
 from supermask_jax.trees import leaf_key
@@ -255,6 +256,23 @@ def test_every_optimizer_starts_at_the_learning_rate(optimizer):
     tx = make_optimizer(optim, schedule)
     updates, _ = tx.update(jnp.float32(1), tx.init(jnp.float32(1)), jnp.float32(1))
     np.testing.assert_allclose(updates, -0.3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_schedule_begins_at_any_step_and_the_rest_of_the_optimizer_at_its_start(optimizer):
+    optim = changed(CONFIG, optimizer=optimizer, schedule="cosine", momentum=0.9).optim
+    weights, gradient = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, -0.3])}
+    schedule = make_schedule(optim, 40, 10)
+    late, constant = make_optimizer(optim, schedule), make_optimizer(optim, lambda step: schedule(30))
+    update, _ = late.update(gradient, begin_schedule_at(30, late.init(weights)), weights)
+    expected, _ = constant.update(gradient, constant.init(weights), weights)
+    np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-6)
+
+
+def test_a_schedule_that_is_over_stays_at_the_rate_of_its_last_step():
+    schedule = make_schedule(changed(CONFIG, schedule="exponential").optim, 40, 10)
+    held = hold_last_rate(schedule, 40)
+    assert [float(held(step)) for step in (0, 20, 39, 40, 79)] == [float(schedule(s)) for s in (0, 20, 39, 39, 39)]
 
 
 def test_steps_drop_to_a_tenth_at_the_parts_that_are_named_and_exponential_decay_ends_at_its_part():

@@ -1,6 +1,7 @@
 """`experiments.lottery` from end to end on tiny images: rounds, controls, sweeps, resume, and the figures reported."""
 
 import contextlib
+import dataclasses
 import json
 import typing
 
@@ -12,6 +13,8 @@ import pytest
 
 import supermask_jax as sm
 from experiments import lottery
+from experiments.config.flags import parser
+from experiments.config.presets import LOTTERY
 from experiments.config.registry import CRITERIA
 from experiments.config.settings import changed, fields, flat
 from experiments.data.source import arrays_dataset
@@ -24,7 +27,7 @@ from experiments.tickets import trainer as trainer_room
 from experiments.tickets.trainer import Candidate, Snapshot, Trainer
 from experiments.training.network import Network
 from supermask_jax.lottery import full_masks
-from supermask_jax.trees import by_path
+from supermask_jax.trees import by_path, leaf_key, map_with_name
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 FIGURES = ("early_stop_step", "early_stop_test_accuracy", "test_accuracy")
@@ -157,9 +160,18 @@ def test_weights_are_drawn_at_the_step_that_prune_at_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path):
-    """Rewinding starts at a later step of the same order of batches; with plain SGD nothing else is lost."""
-    plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1}
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"schedule": "constant"},
+        {"schedule": "cosine"},
+        {"schedule": "steps", "drop_at": (0.3, 0.7), "warmup_epochs": 2.0},
+        {"schedule": "exponential", "shift": 1, "flip": True, "cutout": 2},
+    ],
+)
+def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path, schedule):
+    """Rewinding starts at a later step of the same batches and of the same schedule; plain SGD has nothing to lose."""
+    plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1, **schedule}
     trainer = a_trainer(tmp_path, **plain)
     begin, key = trainer.draw(jax.random.key(1)), jax.random.key(2)
     masks = full_masks(begin.weights)
@@ -168,6 +180,22 @@ def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path
     rest = trainer.train(Candidate("rest", half, masks, key, first_step=12))
     assert rest.record["curve"]["step"] == [12, 20, 30]
     jax.tree.map(np.testing.assert_array_equal, rest.drawn, whole)
+
+
+@pytest.mark.slow
+def test_training_images_are_augmented_and_evaluated_ones_are_not(tmp_path):
+    ends = []
+    for changes in ({}, {"flip": True}, {"cutout": 2}, {"label_smoothing": 0.3}):
+        trainer = a_trainer(tmp_path / f"{len(ends)}", **changes)
+        begin = trainer.draw(jax.random.key(1))
+        candidate = Candidate("network", begin, full_masks(begin.weights), jax.random.key(2), last_step=1)
+        ends.append((trainer.train(candidate).drawn.weights["Dense_0"]["kernel"], trainer.evaluate(*begin_of(begin))))
+    for kernel, figures in ends[1:]:
+        assert not np.array_equal(kernel, ends[0][0]) and figures == ends[0][1]
+
+
+def begin_of(snapshot):
+    return snapshot, full_masks(snapshot.weights)
 
 
 def test_frozen_pruned_weights_stay_and_are_part_of_the_network(tmp_path):
@@ -185,16 +213,21 @@ def test_frozen_pruned_weights_stay_and_are_part_of_the_network(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["rewind", "reinit", "reshuffle", "signed-constant"])
+@pytest.mark.parametrize("kept", ["rewind", "reinit", "reshuffle", "signed-constant", "learning-rate", "finetune"])
 def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
-    start, other = small(1), small(3)
-    masks = some_masks(start)
+    start, other, last = small(1), small(3), small(4)
+    masks, last_round = some_masks(start), Snapshot(last)
     tickets = config(tmp_path, kept=kept).tickets
     begins = rounds._starts(tickets, jax.random.key(0), Snapshot(start), Snapshot(other))
     for path, mask in by_path(masks).items():
         mask = np.asarray(mask) == 1
-        old, new = np.asarray(by_path(start)[path]), np.asarray(by_path(begins("ticket", 1, masks).weights)[path])
-        if kept == "rewind":
+        old, new = (
+            np.asarray(by_path(start)[path]),
+            np.asarray(by_path(begins("ticket", 1, masks, last_round).weights)[path]),
+        )
+        if kept in ("learning-rate", "finetune"):
+            assert np.array_equal(new, np.where(mask, by_path(last)[path], old))
+        elif kept == "rewind":
             assert np.array_equal(new, old)
         elif kept == "reinit":
             assert np.array_equal(new, by_path(other)[path])
@@ -204,15 +237,29 @@ def test_kept_weights_start_as_the_settings_say(tmp_path, kept):
             assert np.array_equal(np.sort(new[mask]), np.sort(old[mask]))
         if kept == "signed-constant":
             assert np.array_equal(np.sign(new), np.sign(old)) and np.ptp(np.abs(new[mask])) == 0
-        assert np.array_equal(by_path(begins("random", 1, masks).weights)[path], old)
-        assert np.array_equal(by_path(begins("reinit", 1, masks).weights)[path], by_path(other)[path])
-        assert np.array_equal(by_path(begins("ticket", 0, masks).weights)[path], old)  # one network to draw from
+        assert np.array_equal(by_path(begins("random", 1, masks, last_round).weights)[path], old)
+        assert np.array_equal(by_path(begins("reinit", 1, masks, last_round).weights)[path], by_path(other)[path])
+        assert np.array_equal(
+            by_path(begins("ticket", 0, masks, last_round).weights)[path], old
+        )  # one network to draw from
+
+
+@pytest.mark.parametrize(
+    ("kept", "ticket"), [("rewind", (7, 7)), ("reinit", (0, 0)), ("learning-rate", (7, 7)), ("finetune", (0, 30))]
+)
+def test_training_begins_at_the_step_of_the_weights_and_only_fine_tuning_after_the_schedule(tmp_path, kept, ticket):
+    tickets = config(tmp_path, kept=kept, rewind_step=7).tickets
+    first = {kind: rounds._first_steps(tickets, kind, 1) for kind in ("ticket", "again", "reinit", "random")}
+    assert first == {"ticket": ticket, "again": ticket, "reinit": (0, 0), "random": (7, 7)}
+    assert rounds._first_steps(tickets, "ticket", 0) == (7, 7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"rounds": 1, "fraction": 0.5, "spare_output": True}, {"Dense_0/kernel": 0.5, "Dense_2/kernel": 1.0}),
+        ({"rounds": 2, "density": 0.09, "spare_output": True}, {"Dense_0/kernel": 0.09, "Dense_2/kernel": 1.0}),
         ({"rounds": 3, "fraction": 0.2}, {"Dense_0/kernel": 0.512, "Dense_2/kernel": 0.729}),
         ({"rounds": 4, "density": 0.1}, {"Dense_0/kernel": 0.1, "Dense_2/kernel": 0.55}),
         ({"rounds": 1, "density": 0.1}, {"Dense_0/kernel": 0.1, "Dense_2/kernel": 0.55}),
@@ -232,6 +279,117 @@ def test_pruning_leaves_what_the_settings_say(tmp_path, changes, expected):
         assert sm.layer_densities(masks)[path] == pytest.approx(density, abs=6e-3)
     if settings.tickets.scope == "global":
         assert sm.density(masks) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_a_signal_stops_a_network_with_convolutions_after_ten_steps_and_not_at_the_next_evaluation(tmp_path):
+    settings = config(tmp_path, model="cnn", width=2, depth=1, eval_every=30, checkpoint_every=30)
+    workdir = rounds.open_workdir(settings, images())
+    trainer = Trainer(settings, images(), workdir, lambda *_: None, stop_requested=lambda: True)
+    begin = trainer.draw(jax.random.key(1))
+    with pytest.raises(Interrupted, match="saved at step 10 of 30"):
+        trainer.train(Candidate("network", begin, full_masks(begin.weights), jax.random.key(2)))
+
+
+def with_a_convolution(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"Conv_0": (3, 3, 2, 10), "Dense_0": (10, 30), "Dense_1": (30, 10)}
+    return {name: {"kernel": jnp.asarray(rng.standard_normal(s, np.float32))} for name, s in shapes.items()}
+
+
+def pruned_once(settings, output, start, final):
+    prune = rounds.make_prune(settings.tickets, jax.random.key(0), output)
+    masks = prune(rounds.Pruned(Snapshot(start), rounds.Trained({}, Snapshot(final))), full_masks(start))
+    return sm.layer_densities(masks)
+
+
+@pytest.mark.parametrize(("preset", "conv"), [("conv2", 0.9), ("conv4", 0.9), ("conv6", 0.85), ("paper", 0.8)])
+def test_convolutions_dense_layers_and_the_output_layer_lose_what_a_preset_says(preset, conv):
+    settings = changed(lottery.Config(), **lottery.defaults(preset))
+    of_layers = pruned_once(settings, "Dense_1/kernel", with_a_convolution(1), with_a_convolution(2))
+    assert of_layers == pytest.approx({"Conv_0/kernel": conv, "Dense_0/kernel": 0.8, "Dense_1/kernel": 0.9}, abs=0.01)
+
+
+def test_a_global_ranking_can_spare_the_output_layer(tmp_path):
+    start, final = small(1), small(3)
+    settings = config(tmp_path, fraction=0.3, scope="global", spare_output=True)
+    of_layers = pruned_once(settings, "Dense_2/kernel", start, final)
+    assert of_layers["Dense_2/kernel"] == 1
+    assert (of_layers["Dense_0/kernel"] + of_layers["Dense_1/kernel"]) / 2 == pytest.approx(0.7, abs=1e-3)
+    assert of_layers["Dense_0/kernel"] != of_layers["Dense_1/kernel"]
+
+
+def test_a_global_ranking_leaves_the_minimum_in_each_layer_or_is_refused(tmp_path):
+    start = small(1)
+    final = {**small(3), "Dense_1": {"kernel": 1e-6 * small(3)["Dense_1"]["kernel"]}}
+    settings = config(tmp_path, fraction=0.7, scope="global", layer_minimum=7)
+    of_layers = pruned_once(settings, "Dense_2/kernel", start, final)
+    assert round(of_layers["Dense_1/kernel"] * 50 * 40) == 7
+    sizes = {"a": 1000, "b": 5}
+    rounds.check_densities(changed(settings, rounds=1, fraction=0.9, layer_minimum=90).tickets, sizes, "b")
+    with pytest.raises(
+        UserError, match="leave 101 of the weights, and 2 layers need 105 to have --layer-minimum 100 each"
+    ):
+        rounds.check_densities(changed(settings, rounds=1, fraction=0.9, layer_minimum=100).tickets, sizes, "b")
+
+
+@pytest.mark.parametrize("preset", LOTTERY)
+def test_every_preset_is_valid_alone_and_with_learning_rate_rewinding_and_sweeps(preset):
+    parse = parser(lottery.Config, lottery.defaults)
+    for args in ([], ["--kept", "learning-rate"], ["--sweep", "rewind"]):
+        parsed = parse("prog", ["--preset", preset, *args])
+        assert parsed.data.dataset == ("auto" if preset in ("short", "paper") else "cifar10")
+    for value in (0, 1000):
+        changed(parsed, **questions.changes_of(parsed, value)).check()
+
+
+def test_what_leaves_fewer_weights_than_layers_is_refused_before_training(tmp_path):
+    few = {"scope": "global", "rounds": 3, "fraction": 0.99}
+    with pytest.raises(UserError, match=r"round 3 would leave 1 of the weights, and 3 layers need 3 .*--density"):
+        rounds.run(config(tmp_path, **few), images())
+    assert not list((tmp_path / "run").glob("networks/*"))
+    sizes = {"a": 10_000, "b": 10_000, "c": 100}
+    rounds.check_densities(config(tmp_path, **few | {"scope": "layer"}).tickets, sizes, "c")
+    rounds.check_densities(config(tmp_path, **few | {"rounds": 2}).tickets, sizes, "c")
+    rounds.check_densities(
+        config(tmp_path, **few | {"rounds": 2, "fraction": 0.991, "spare_output": True}).tickets, sizes, "c"
+    )
+    with pytest.raises(UserError, match="leave 2 of the weights, and 3 layers need 3 to have one each"):
+        rounds.check_densities(config(tmp_path, **few | {"rounds": 2, "fraction": 0.991}).tickets, sizes, "c")
+
+
+def test_a_network_that_does_not_fit_the_images_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="--model conv6 does not take images of 6 x 6 x 1"):
+        rounds.run(config(tmp_path, model="conv6"), images())
+    assert not (tmp_path / "run/networks").exists()
+
+
+def test_tickets_move_only_between_images_of_one_shape_and_as_many_classes(tmp_path, monkeypatch):
+    sets = {"mnist": images(), "cifar10": images(seed=1)}
+    monkeypatch.setattr(rounds.images, "load", lambda name, *_, **__: sets[name])
+    monkeypatch.setattr(rounds, "load", lambda name, *_: sets[name])
+    for one, other in (("mnist", "cifar10"), ("cifar10", "mnist")):
+        _, dataset, target = rounds.open_data(config(tmp_path, dataset=one, transfer_to=other))
+        assert (dataset.name, target.name) == (sets[one].name, sets[other].name)
+    sets["cifar10"] = dataclasses.replace(sets["cifar10"], image_shape=(6, 6, 3))
+    for one, other in (("mnist", "cifar10"), ("cifar10", "mnist")):
+        with pytest.raises(UserError, match=f"--transfer-to {other} .*one network must fit both"):
+            rounds.open_data(config(tmp_path, dataset=one, transfer_to=other))
+
+
+@pytest.mark.slow
+def test_each_data_set_of_a_transfer_has_its_own_normalisation(tmp_path):
+    """Images at half the brightness are the same images to a network, if they are normalised as themselves."""
+    bright = images(seed=1)
+    arrays = [2 * (images // 4) for images in (bright.train.images, bright.test.images)]
+    targets = []
+    for scale in (1, 2):
+        of_scale = [array // scale for array in arrays]
+        both = of_scale[0], bright.train.labels, of_scale[1], bright.test.labels
+        target = arrays_dataset("target", both, "made up", mean=(0.2 / scale,), std=(0.1 / scale,))
+        settings = config(tmp_path / f"{scale}", rounds=1, controls=())
+        targets.append([r["curve"] for r in rounds.run(settings, images(), target)["networks"]])
+    for one, other in zip(*targets, strict=True):
+        np.testing.assert_allclose(one["validation_loss"], other["validation_loss"], rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -333,7 +491,20 @@ def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_wen
         {"unit": "neuron", "pruned": "freeze"},
         {"unit": "neuron", "rewind_step": 10},
         {"prune_at": 0.1, "rewind_step": 600},
-        {"schedule": "cosine", "rewind_step": 10},
+        {"layer_minimum": 1},
+        {"layer_minimum": -1, "scope": "global"},
+        {"conv_fraction": 1.0},
+        {"conv_fraction": 0.1, "scope": "global"},
+        {"conv_fraction": 0.1, "density": 0.1},
+        {"kept": "learning-rate", "prune_at": 0.5},
+        {"kept": "learning-rate", "unit": "neuron"},
+        {"kept": "learning-rate", "sweep": "early"},
+        {"kept": "finetune", "transfer_to": "mnist"},
+        {"kept": "finetune", "rewind_step": 10},
+        {"kept": "finetune", "sweep": "rewind"},
+        {"kept": "finetune", "schedule": "cosine"},
+        {"sweep": "untrained", "conv_fraction": 0.1},
+        {"shift": 15},
         {"kept": "reinit"},
         {"sweep": "untrained", "pruned": "freeze"},
         {"stability": True, "prune_at": 0.5},
@@ -343,6 +514,21 @@ def test_instability_is_the_distance_between_copies_in_units_of_how_far_they_wen
 def test_settings_out_of_range_are_user_errors(wrong):
     with pytest.raises(UserError, match="|".join(f"--{name.replace('_', '-')}" for name in wrong)):
         changed(lottery.Config(), **wrong).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "lenet-300-100-mnist-s0-5f803e1c"),
+        ({"kept": "reshuffle", "rewind_step": 100}, "lenet-300-100-mnist-s0-74dacdd7"),
+        ({"model": "resnet-20", "sweep": "rewind", "density": 0.1}, "rewind-resnet-20-mnist-s0-2293810f"),
+    ],
+)
+def test_a_run_has_the_name_that_it_had_before_images_were_augmented(tmp_path, monkeypatch, changes, name):
+    monkeypatch.chdir(tmp_path)
+    settings = changed(lottery.Config(), dataset="mnist", validation=5000, **changes)
+    workdir = rounds.open_workdir(settings, dataclasses.replace(images(), name="mnist"))
+    assert workdir.path.name == name
 
 
 def test_the_papers_preset_has_its_densities():
@@ -405,16 +591,75 @@ def test_statistics_are_drawn_stored_and_rewound_with_the_weights(tmp_path, with
     assert abs(fresh["validation_loss"] - figures["validation_loss"]) > 1e-3
 
 
+STEPS = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "steps", "drop_at": (0.5,)}
+
+
 @pytest.mark.slow
-def test_an_interrupted_network_with_statistics_ends_the_same(tmp_path, with_statistics):
-    whole = rounds.run(config(tmp_path / "whole", rounds=1, rewind_step=5), images())
+@pytest.mark.parametrize(("kept", "rewind_step"), [("learning-rate", 0), ("learning-rate", 5), ("finetune", 0)])
+def test_a_round_goes_on_from_the_end_of_the_round_before(tmp_path, with_statistics, kept, rewind_step):
+    """Weights and statistics are those of the file before, and the end is that of training from there by itself."""
+    falling = {**STEPS, "schedule": "exponential", "drop_at": (), "final_rate": 0.1}  # past its end too
+    settings = config(tmp_path, **falling, kept=kept, rewind_step=rewind_step, stability=True)
+    summary = rounds.run(settings, images())
+    alone = falling if kept == "learning-rate" else {"optimizer": "sgd", "learning_rate": 0.1 * 0.1 ** (29 / 30)}
+    trainer = a_trainer(tmp_path / "alone", **alone)
+    like = trainer.draw(jax.random.key(0))
+    key = jax.random.fold_in(jax.random.key(settings.seed), 0)
+    for number in (1, 2):
+        files = [tmp_path / f"run/networks/trial0-round{n}-ticket.npz" for n in (number - 1, number)]
+        before, after = (trainer_room._restored(like, read_arrays(file)) for file in files)
+        kept_now = read_arrays(files[1])
+        masks = full_masks(like.weights)
+        masks = map_with_name(lambda path, mask, a=kept_now: jnp.asarray(a[f"masks/{path}"], mask.dtype), masks)
+        curve = next(r for r in summary["networks"] if (r["round"], r["network"]) == (number, "ticket"))["curve"]
+        assert curve["step"][0] == rewind_step and curve["step"][-1] == 30
+        assert curve["validation_loss"][0] == pytest.approx(trainer.evaluate(before, masks)["validation_loss"])
+        order = leaf_key(key, f"order of round {number}")
+        candidate = Candidate(f"alone {number}", before, masks, order, rewind_step)
+        by_itself = trainer.train(candidate).drawn
+        for one, other in zip(after, by_itself, strict=True):
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *kept_of(one, other, masks)
+            )
+    assert all("instability" in r for r in summary["networks"] if r["network"] == "ticket")
+
+
+def kept_of(one, other, masks):
+    """Both trees, weights under the masks."""
+    under = {path: np.asarray(mask) for path, mask in by_path(masks).items()}
+    return [{path: leaf * under.get(path, 1) for path, leaf in by_path(tree).items()} for tree in (one, other)]
+
+
+@pytest.mark.slow
+def test_the_stability_of_a_resnet_that_is_rewound_is_measured_and_drawn(tmp_path, monkeypatch):
+    setting, _, label = questions.SWEEPS["rewind"]
+    monkeypatch.setitem(questions.SWEEPS, "rewind", (setting, (0, 4), label))
+    given = images()
+    colours = [np.repeat(a, 3, axis=3) for a in (given.train.images, given.test.images)]
+    arrays = colours[0], given.train.labels, colours[1], given.test.labels
+    coloured = arrays_dataset("colours", arrays, "made up")
+    small = {"model": "resnet-20", "widen": 0.125, "affine": True, "init": "kaiming-normal", "weight_decay": 1e-4}
+    settings = config(tmp_path, **STEPS, **small, sweep="rewind", scope="global", flip=True, controls=(), steps=8)
+    rows = questions.run(settings, coloured)["rows"]
+    assert [row["value"] for row in rows] == [0, 4]
+    assert all(0 < row["instability"] < 2 for row in rows)
+    assert (tmp_path / "run/sweep.png").stat().st_size > 2_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"rewind_step": 5}, {**STEPS, "kept": "learning-rate", "rewind_step": 5}, {**STEPS, "kept": "finetune"}]
+)
+def test_an_interrupted_network_with_statistics_ends_the_same(tmp_path, with_statistics, changes):
+    changes = {"rounds": 1, **changes}
+    whole = rounds.run(config(tmp_path / "whole", **changes), images())
     calls = []
 
     def stop_once():
         calls.append(0)
         return len(calls) == 4
 
-    settings = config(tmp_path, rounds=1, rewind_step=5)
+    settings = config(tmp_path, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "stopping", lambda: contextlib.nullcontext(stop_once))
         with pytest.raises(Interrupted, match="stopped by a signal"):
