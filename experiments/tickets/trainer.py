@@ -98,7 +98,8 @@ class Trainer:
         self.network: Network = network(config.model, config.init, dataset.classes, dataset.image_shape)
         rest, held_out = hold_out(dataset, config.data.validation)
         self._splits = Split("validation", held_out), Split("test", dataset.test)
-        self._epochs = stepper.Epochs(len(rest.train), config.optim.batch_size, self.network.has_state)
+        alternate = config.augment.flip_alternately
+        self._epochs = stepper.Epochs(len(rest.train), config.optim.batch_size, self.network.has_state, alternate)
         if not self._epochs.steps:
             raise DataError(
                 f"--batch-size {config.optim.batch_size} needs as many training images, and {dataset.name} has "

@@ -55,9 +55,8 @@ def make_loss(
 def augmented(key: jax.Array, batch: Batch, augment: Augment) -> jax.Array:
     """The images [n, h, w, c] of a batch, changed at random as the settings say; each change has a key of its own."""
     images = batch["image"]
-    if (
-        augment.shift
-    ):  # with this very key: settings that have only this change draw as they did before there were others
+    # With this very key: settings that have only this change draw as they did before there were others.
+    if augment.shift:
         images = random_shift(key, images, augment.shift, augment.border)
     if augment.flip_alternately:
         images = flip_where(images, batch["flipped"])

@@ -185,7 +185,7 @@ def test_training_in_two_parts_is_training_in_one_but_for_the_optimizer(tmp_path
 @pytest.mark.slow
 def test_training_images_are_augmented_and_evaluated_ones_are_not(tmp_path):
     ends = []
-    for changes in ({}, {"flip": True}, {"cutout": 2}, {"label_smoothing": 0.3}):
+    for changes in ({}, {"flip": True}, {"flip_alternately": True}, {"cutout": 2}, {"label_smoothing": 0.3}):
         trainer = a_trainer(tmp_path / f"{len(ends)}", **changes)
         begin = trainer.draw(jax.random.key(1))
         candidate = Candidate("network", begin, full_masks(begin.weights), jax.random.key(2), last_step=1)
