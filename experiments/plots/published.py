@@ -1,5 +1,6 @@
 """The picture of our results beside published figures."""
 
+import itertools
 from typing import Any
 
 from experiments.plots.lines import ACCURACY_LABEL, as_drawn, log_ticks
@@ -43,10 +44,11 @@ def published(title: str, points: list[dict[str, Any]]):
 
 def _ours(ax, points: list[dict[str, Any]], name: str, colour: str, marker: str) -> None:
     """A mark for each way in which a network was run, and a line over the densities of each way."""
-    for variant in dict.fromkeys(point["variant"] for point in points if point["accuracies"]):
+    variants = dict.fromkeys(point["variant"] for point in points if point["accuracies"])
+    for style, variant in zip(itertools.cycle(("-", "--", "-.", ":")), variants, strict=False):
         own = sorted((p for p in points if p["variant"] == variant and p["accuracies"]), key=lambda p: p["density"])
         places, errors = [p["density"] for p in own], [as_drawn(p["accuracies"], True) for p in own]
         means = [float(e.mean()) for e in errors]
         low, high = ([abs(m - f(e)) for m, e in zip(means, errors, strict=True)] for f in (min, max))
         label = f"{name}, {variant}" if variant else name
-        ax.errorbar(places, means, (low, high), fmt=f"{marker}-", color=colour, markersize=5, label=label)
+        ax.errorbar(places, means, (low, high), fmt=f"{marker}{style}", color=colour, markersize=5, label=label)
