@@ -16,9 +16,9 @@ PROG = "python -m experiments.cifar"
 class Config(Run):
     """Find a subnetwork that recognises the objects of CIFAR-10, or train one by any method."""
 
-    preset: Literal["quick", "paper"] = "quick"
+    preset: Literal["quick", "paper", "zhou"] = "quick"
     """The recipe: the defaults below are those of the --method given. quick: few epochs. paper: the published settings,
-    100 or 160 epochs."""
+    100 or 160 epochs. zhou: Zhou et al.'s settings of bernoulli, 2000 epochs of Conv4."""
     model: Model = Model(model="resnet-20")
     data: Data = Data(dataset="cifar10")
 

@@ -71,6 +71,8 @@ CIFAR: Recipes = {
     ("paper", "edge-popup"): {**_CIFAR_PAPER, "weight_decay": 1e-4},
     ("paper", "dense"): {**_CIFAR_WEIGHTS, **_CIFAR_PAPER, "learning_rate": 0.01},
     ("paper", "bernoulli"): {**_CIFAR_PAPER, "learning_rate": 200.0, "init": "signed-deviation"},
+    # train_supermask.py of Zhou et al. 2019 for its networks of CIFAR-10, without its pixels from 0 to 255.
+    ("zhou", "bernoulli"): {**ZHOU, "model": "conv4", "epochs": 2000},
     ("paper", "random"): {**_CIFAR_PRUNED_PAPER, "distribution": "erk"},
     **{("paper", name): {**_CIFAR_PRUNED_PAPER, "distribution": "global"} for name in SALIENCIES},
 }

@@ -27,6 +27,7 @@ from experiments.training.summary import versions
 ONLY_AT_THE_END = 10**9  # steps between checkpoints: a cell takes seconds, and is saved when it ends
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
 FIGURES |= {"test_sampled_accuracy"}  # of methods that draw masks
+FIGURES |= {"emptied"}  # layers of which nothing is kept
 ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
 
 

@@ -23,7 +23,9 @@ class Display(Bar):
     def cell(self, labels: Mapping[str, Any], seed: int, summary: dict, seconds: float | None) -> None:
         """Prints the line of a finished cell; seconds: that it took, None if it was finished before."""
         took = "finished before" if seconds is None else f"{seconds:.0f} s"
-        self._line(labels, seed, f"test accuracy {summary['test_accuracy']:.2%}  {took}")
+        emptied = summary.get("emptied")
+        collapse = f"  layer collapse: nothing is kept of {', '.join(emptied)}" if emptied else ""
+        self._line(labels, seed, f"test accuracy {summary['test_accuracy']:.2%}  {took}{collapse}")
 
     def wait(self, why: Exception) -> None:
         """Prints why the sweep waits, once for each cell."""

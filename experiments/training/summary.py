@@ -20,7 +20,10 @@ def count_flips(before: Tree, after: Tree) -> dict[str, int]:
 
 
 def sizes(network: Network, weights: Tree, state: Tree, masks: Tree) -> dict:
-    """ "layers": {path: how many weights are kept}, "density" over all of them, "parameters", "flops" of one image."""
+    """What the masks keep: "layers", by path; the paths of those that keep nothing; "density"; "parameters"; "flops".
+
+    The density is that of all layers together. FLOPs are those of one image.
+    """
     layers = {
         path: {"size": size, "kept": kept, "density": kept / size}
         for path, (kept, size) in layer_counts(weights, masks).items()
@@ -32,6 +35,7 @@ def sizes(network: Network, weights: Tree, state: Tree, masks: Tree) -> dict:
     return {
         "density": sum(v["kept"] for v in layers.values()) / sum(v["size"] for v in layers.values()),
         "layers": layers,
+        "emptied": [path for path, layer in layers.items() if not layer["kept"]],
         "parameters": metrics.parameter_count(weights, masks),
         "flops": metrics.flops(apply_fn, weights, masks, network.image_shape),
     }

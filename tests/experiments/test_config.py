@@ -373,7 +373,7 @@ def test_a_preset_that_a_method_has_not_is_refused_with_those_that_there_are():
         mnist, "--preset", "zhou"
     )
     with pytest.raises(UserError, match="there is --preset quick, paper"):
-        presets.recipe(presets.CIFAR, "zhou", "snip")
+        presets.recipe(presets.CIFAR, "tutorial", "snip")
 
 
 def test_the_settings_import_nothing_heavy():

@@ -320,6 +320,9 @@ def test_sizes_count_what_the_masks_keep(use_bias):
         "Dense_1/kernel": {"size": 6, "kept": 3, "density": 0.5},
     }
     assert (got["parameters"], got["flops"], got["density"]) == (7 + biases, 2 * 7, 7 / 18)
+    assert got["emptied"] == []
+    masks["Dense_0"]["kernel"] *= 0
+    assert sizes(net, weights, None, masks)["emptied"] == ["Dense_0/kernel"]
     dense = sizes(net, weights, None, jax.tree.map(lambda _: None, weights))
     assert {path: layer["kept"] for path, layer in dense["layers"].items()} == {
         "Dense_0/kernel": 12,

@@ -128,6 +128,7 @@ def test_every_cell_leaves_a_row_of_its_labels_its_seed_and_its_figures(compared
         ("random", 0.3, 0),
     ]
     for row in rows:
+        assert row["emptied"] == []
         sampled = {"test_sampled_accuracy"} if row["method"] == "bernoulli" else set()
         assert set(row) == {"method", "asked", "seed"} | FIGURES | ASSESSED | sampled
         assert 0.12 < row["test_accuracy"] < 1 and (row["epochs"], row["steps"]) == (1, 63)
