@@ -1,7 +1,8 @@
 """Put our results beside the published ones: `python -m experiments.report`.
 
-It reads every summary under `runs/` and `experiments/results/`, and writes a table for each published experiment:
-the published figure and its source, ours, the difference, the command. README's table of results comes from it.
+It writes a table for each published experiment: the published figure and its source, ours, the difference, the command.
+The pages under `docs/` and README's table hold what lies in `experiments/results/`; a report of your own runs beside it
+goes into `runs/report/`.
 """
 
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ class Config:
     """Put our results beside the published ones."""
 
     runs: str = "runs"
-    """The directory of runs. It may be missing."""
+    """The directory of your runs, which may be missing. Their report goes into report/ there."""
     results: str = "experiments/results"
     """The directory of the results that the project keeps."""
     pages: str = "docs/results"
-    """Where published.md and published.html go."""
+    """Where published.md and published.html of the project's own results go."""
     readme: str = "README.md"
-    """The page whose table of results is replaced; "" for none. It shows only what lies in --results."""
+    """The page whose table of results is replaced by what lies in --results; "" for none."""
 
     def check(self) -> None:
         """Every path is valid until it is read."""

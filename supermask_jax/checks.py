@@ -64,7 +64,7 @@ def warn_of_emptied(
 
     Args:
       masks: tree of 0 or 1, None at leaves that are not prunable.
-      before: what there was; None means everything.
+      before: the masks before; None means that every weight was kept.
       layout: what tells which leaves stack layers. None means the names.
       advice: what keeps a weight there.
     """
@@ -76,13 +76,13 @@ def warn_of_emptied(
         for name, (ones, size) in layer_counts(masks, layout).items()
         if size and not ones and there.get(name, (size, size))[0]
     ]
-    warn_of(emptied, advice)
+    warn_of(emptied, advice, stacklevel=4)
 
 
-def warn_of(emptied: Sequence[str], advice: str) -> None:
-    """Warns of these layers, if there are any."""
+def warn_of(emptied: Sequence[str], advice: str, stacklevel: int = 3) -> None:
+    """Warns of these layers, if there are any; the warning points at the caller of the function that calls this."""
     if emptied:
-        warnings.warn(f"pruned whole: {', '.join(emptied)}; {advice}", stacklevel=4)
+        warnings.warn(f"no weight is kept in {', '.join(emptied)}; {advice}", stacklevel=stacklevel)
 
 
 def is_concrete(tree: Any) -> bool:

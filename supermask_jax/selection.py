@@ -69,7 +69,7 @@ def keep_highest(
       TypeError: scores that are not floats of at most 32 bits.
     """
     masks, emptied, layers = _highest_of_each(scores, counts, within, layout)
-    if len(emptied) < layers:  # who asks for no weight gets none
+    if len(emptied) < layers:  # a density of 0 for all layers is what was asked for
         warn_of(emptied, "a higher density or count there keeps a weight")
     return masks
 
@@ -149,7 +149,7 @@ def global_masks(
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`. A warning names the layers that keep
-      nothing of what there was (not under jit, where values are not known).
+      nothing of what `within` keeps (not under jit, where values are not known).
 
     Raises:
       ValueError: a density out of range, above what `within` keeps, or too low for the minimum; paths that do not
@@ -179,7 +179,7 @@ def keep_highest_of_all(
 
     Returns:
       Masks, exactly 0 or 1, with the structure, shapes and dtypes of `scores`. A warning names the layers that keep
-      nothing of what there was (not under jit, where values are not known).
+      nothing of what `within` keeps (not under jit, where values are not known).
 
     Raises:
       ValueError: NaN scores, a count out of range (also: more than `within` keeps, or too few for the minimum), or
@@ -188,7 +188,7 @@ def keep_highest_of_all(
       TypeError: scores that are not floats of at most 32 bits.
     """
     chosen = highest_of_all(scores, count, within, minimum, layout)
-    if is_concrete(count) and count:  # who asks for no weight gets none
+    if is_concrete(count) and count:  # a count of 0 is what was asked for
         warn_of_emptied(chosen, within, layout)
     return chosen
 

@@ -40,7 +40,7 @@ CIFAR_RATIOS = (("edge-popup", "dense", "<=", 1.05), ("torch, kthvalue", "edge-p
 def _cifar(model: str, against_torch: float, published: float) -> tuple[Sizes, tuple]:
     """A network of CIFAR-10, and what its step should be beside PyTorch's, dense and as published."""
     ratios = ("dense", "torch, dense", "<=", against_torch), ("torch, sort", "edge-popup", ">=", published)
-    return Sizes(Model(model=model), 1024, (32, 32, 3), CIFAR_BATCH), ratios
+    return Sizes(Model(model=model), 100 * CIFAR_BATCH, (32, 32, 3), CIFAR_BATCH), ratios
 
 
 CIFAR = {

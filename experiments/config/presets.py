@@ -113,9 +113,14 @@ LOTTERY: Mapping[str, Mapping] = {  # preset: settings of `experiments.lottery`
 }
 
 
+def is_cifar(dataset: str) -> bool:
+    """Whether a data set's images are those of CIFAR or like them, 32 x 32 in colour."""
+    return dataset.startswith(("cifar", "svhn", "colour-digits"))
+
+
 def best_recipe(dataset: str, method: str) -> dict:
     """The settings of our best recipe for a method on a data set, as far as they differ from the fields' defaults."""
-    return recipe(CIFAR, "quick", method) if dataset.startswith("cifar") else recipe(MNIST, "best", method)
+    return recipe(CIFAR, "quick", method) if is_cifar(dataset) else recipe(MNIST, "best", method)
 
 
 def recipe(recipes: Recipes, preset: str, method: str) -> dict:

@@ -19,6 +19,7 @@ UNTRAINED = {
     "pruned": "zero",
     "rewind_step": 0,
     "stability": False,
+    "density": None,
 }
 TRAINED = ("learning-rate", "finetune")  # the choices of `kept` under which a ticket goes on from trained weights
 
@@ -140,7 +141,7 @@ class Tickets:
             (self.transfer_to, "goes on from weights trained on --dataset: it does not go with --transfer-to."),
             (
                 self.kept == "finetune" and self.rewind_step,
-                "goes back to no step: say --rewind-step 0, or --kept learning-rate.",
+                "does not rewind: say --rewind-step 0, or --kept learning-rate.",
             ),
         ):
             if wrong:
@@ -189,9 +190,9 @@ class Lottery:
         tickets = self.tickets
         for wrong, says in (
             (
-                tickets.kept == "finetune" and self.optim.schedule == "cosine",
-                "--kept finetune trains on at the last rate of the schedule, which is 0 with --schedule cosine: say "
-                "--schedule steps, or --kept learning-rate.",
+                tickets.kept == "finetune" and self.optim.schedule.startswith("cosine"),
+                f"--kept finetune trains on at the last rate of the schedule, which is 0 with --schedule "
+                f"{self.optim.schedule}: say --schedule steps, or --kept learning-rate.",
             ),
             (
                 tickets.kept in TRAINED and self.sweep == "early",
@@ -199,7 +200,7 @@ class Lottery:
             ),
             (
                 tickets.kept == "finetune" and self.sweep == "rewind",
-                "--kept finetune goes back to no step, so that there is no --sweep rewind of it.",
+                "--kept finetune does not rewind, so that there is no --sweep rewind of it.",
             ),
             (
                 self.init.scale_weights,

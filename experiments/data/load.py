@@ -1,4 +1,4 @@
-"""Data sets by name. The registry lists them; each is read by a room of its own."""
+"""Data sets by name. The registry lists them; each is read by a module of its own."""
 
 import difflib
 import os

@@ -1,30 +1,34 @@
 """Our results, from the files of runs and from the figures that the project keeps: one record for each network."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config.presets import CIFAR, MNIST
-from experiments.config.run import Run
-from experiments.config.settings import changed, flat
-from experiments.run.names import CHANGE_NO_RESULT, FIRST_NAMES, plain
+from experiments.config.settings import flat
+from experiments.reports.commands import CONFIGS, NO_FLAG, Kind, command_of
+from experiments.run.names import FIRST_NAMES, plain
+
+CHANGE_NOTHING_HERE = {*NO_FLAG, "data", "assess", "ood", "trials", "inferred_images", "temperature"}
 
 
 class Result(NamedTuple):
     """One trained network.
 
     Attributes:
-      settings: of its run, by flat name; beside them "network" and "round" of a ticket, and "tasks" of many.
+      kind: what made it: a "run" of `mnist` or `cifar`, `lottery` a "ticket" or control, `many_tasks` all its "tasks".
+      settings: by flat name; beside them "network", "round" and "last" of a ticket.
       seed: (seed,), or (seed, trial).
       accuracy: on the test images, a fraction.
       density: the fraction of the weights that it keeps.
       epochs: passes over the training images; None where steps are counted.
-      command: what trained it.
+      command: what trained it, without its seed.
       device: what it was trained on.
       date: the day on which it was finished, as 2026-01-31; "" of results of earlier versions.
     """
 
+    kind: Kind
     settings: Mapping[str, Any]
     seed: tuple[int, ...]
     accuracy: float
@@ -34,20 +38,25 @@ class Result(NamedTuple):
     device: str
     date: str
 
+    def way(self) -> str:
+        """What is the same for all seeds of one network."""
+        kept = {name: value for name, value in self.settings.items() if name not in CHANGE_NOTHING_HERE}
+        return json.dumps([self.kind, kept], sort_keys=True)
+
 
 def results(folders: list[Path]) -> tuple[list[Result], list[str]]:
-    """(every result in the JSON files of these folders, each once; the files that could not be read).
+    """(every result in the JSON files of these folders, each seed once; the files that could not be read).
 
-    Of a run's directory only summary.json is read.
+    Of a run's directory only summary.json is read. Of a seed that lies in two places, the first counts.
     """
-    found: dict[str, Result] = {}
+    found: dict[tuple, Result] = {}
     damaged = []
     for file in (file for folder in folders for file in sorted(folder.rglob("*.json"))):
         if (file.parent / "summary.json").exists() and file.name != "summary.json":
             continue
         try:
             for result in _within(json.loads(file.read_text()), ""):
-                found.setdefault(json.dumps(result[:3], sort_keys=True, default=str), result)
+                found.setdefault((result.way(), result.seed), result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             damaged.append(str(file))
     return list(found.values()), damaged
@@ -60,65 +69,42 @@ def _within(value: Any, command: str) -> Iterator[Result]:
             yield from _within(item, command)
     if not isinstance(value, dict):
         return
-    command = value["command"] if isinstance(value.get("command"), str) else command
+    command = re.sub(r" --seed \d+", "", value["command"]) if isinstance(value.get("command"), str) else command
     if not isinstance(value.get("config"), dict):
         for item in value.values():
             yield from _within(item, command)
     elif "networks" in value:
         yield from _tickets(value, command)
     elif "tasks" in value and "mean_accuracy" in value:
-        settings = _settings(value["config"], value) | {"tasks": len(value["tasks"])}
-        yield _result(value, settings, value["mean_accuracy"], None, command)
+        if value["split"] == "test":
+            settings = _settings("tasks", value) | {"tasks": len(value["tasks"])}
+            yield _result("tasks", value, settings, value["mean_accuracy"], None, command)
     elif "test_accuracy" in value and "epochs" in value:
-        settings = _settings(value["config"], value)
         accuracy = value.get("test_sampled_accuracy", value["test_accuracy"])
-        yield _result(value, settings, accuracy, value["density"], command or command_of(settings))
+        yield _result("run", value, _settings("run", value), accuracy, value["density"], command)
 
 
 def _tickets(summary: dict, command: str) -> Iterator[Result]:
-    settings = _settings(summary["config"], summary)
+    settings = _settings("ticket", summary) | {"dataset": summary.get("tickets_from", summary["dataset"])}
     rounds = max(network["round"] for network in summary["networks"])
     for network in summary["networks"]:
         labels = {"network": network["network"], "round": network["round"], "last": network["round"] == rounds}
-        result = _result(summary, settings | labels, network["early_stop_test_accuracy"], network["density"], command)
-        yield result._replace(seed=(*result.seed, network["trial"]), epochs=None)
+        accuracy, density = network["early_stop_test_accuracy"], network["density"]
+        result = _result("ticket", summary, settings, accuracy, density, command)
+        yield result._replace(settings=settings | labels, seed=(*result.seed, network["trial"]), epochs=None)
 
 
-def _result(summary: dict, settings: dict, accuracy: float, density: float | None, command: str) -> Result:
-    known = {name: str(summary.get(name, "")) for name in ("device", "date")}
+def _result(kind: Kind, summary: dict, settings: dict, accuracy: float, density: float | None, command: str) -> Result:
     seed = (summary.get("seed", settings.get("seed", 0)),)
-    return Result(settings, seed, float(accuracy), density, settings.get("epochs"), command, **known)
+    known = (str(summary.get(name, "")) for name in ("device", "date"))
+    command = command or command_of(kind, settings)
+    return Result(kind, settings, seed, float(accuracy), density, settings.get("epochs"), command, *known)
 
 
-def _settings(config: dict, summary: dict) -> dict[str, Any]:
+def _settings(kind: Kind, summary: dict) -> dict[str, Any]:
     """The settings by their present names; those that are newer than the run have the values of their defaults."""
     renamed = {old: new for new, old in FIRST_NAMES.items()}
-    stored = {renamed.get(name, name): value for name, value in config.items()}
-    return plain(flat(Run())) | stored | {"dataset": summary["dataset"]}
-
-
-def command_of(settings: Mapping[str, Any]) -> str:
-    """The command of a run, from its settings: what differs from the defaults of its preset and method."""
-    cifar = settings["dataset"].startswith("cifar")
-    recipes, usual = (CIFAR, "quick") if cifar else (MNIST, "best")
-    preset = settings["preset"] if (settings["preset"], settings["method"]) in recipes else usual
-    base = changed(Run(), **recipes[preset, settings["method"]])
-    base = changed(base, method=settings["method"], preset=preset)
-    if cifar:
-        base = changed(base, model="resnet-20", dataset="cifar10")
-    shown = {name for name in flat(base) if name not in {*CHANGE_NO_RESULT, "evaluate", "seed"}}
-    values = plain(flat(base)) | ({} if cifar else {"dataset": "mnist"})
-    flags = {name: settings[name] for name in flat(base) if name in shown and settings[name] != values[name]}
-    head = {"model": settings["model"]} if cifar else {}
-    head |= {"method": settings["method"]} if settings["method"] != "edge-popup" else {}
-    head |= {"preset": preset} if preset != usual else {}
-    words = [f"python -m experiments.{'cifar' if cifar else 'mnist'}"]
-    words += [_flag(name, value) for name, value in (head | flags).items() if value is not None]
-    return " ".join(words)
-
-
-def _flag(name: str, value: Any) -> str:
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    stored = {renamed.get(name, name): value for name, value in summary["config"].items()}
+    if isinstance(stored.get("ood"), str):  # there was one at most, or "none"
+        stored["ood"] = [] if stored["ood"] == "none" else [stored["ood"]]
+    return plain(flat(CONFIGS[kind]())) | stored | {"dataset": summary["dataset"]}

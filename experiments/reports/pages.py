@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,10 +95,13 @@ def write(file: Path, text: str) -> bool:
 
 
 def _not_run(rows: list[Row]) -> list[str]:
-    """The published figures beside which nothing of ours stands."""
-    known = [row.figure for row in rows if not row.accuracies and row.figure.accuracy is not None]
-    figures = "; ".join(f"{figure.what}: {_percent(figure.accuracy)}" for figure in known)
-    return [f"Published, and not run here: {figures}."] if known else []
+    """The published figures beside which nothing of ours stands: a line for each network and method."""
+    series: dict[str, list[str]] = {}
+    for figure in (row.figure for row in rows if not row.accuracies and row.figure.accuracy is not None):
+        at = ", ".join(re.findall(r"[\d.]+ % kept", figure.what))
+        series.setdefault(figure.series, []).append(_percent(figure.accuracy) + (f" ({at})" if at else ""))
+    lines = [f"- {name}: {', '.join(figures)}" for name, figures in series.items()]
+    return ["\n".join(["Published, and not run here:", "", *lines])] if lines else []
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -108,8 +112,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     epochs = f"{row.epochs:,}" if row.epochs else ""
     if row.cut_short:
         epochs += f", cut short (published: {row.figure.epochs:,})"
-    elif row.figure.epochs and row.epochs:
-        epochs += f" (published: {row.figure.epochs:,})"
+    elif row.figure.accuracy is not None and row.epochs:
+        epochs += f" (published: {row.figure.epochs:,})" if row.figure.epochs else " (published: not known)"
     when = ", ".join(filter(None, (row.device, row.date)))
     return (_name(row), published, _ours(row), str(len(row.accuracies)), difference, epochs, f"`{row.command}`", when)
 

@@ -3,8 +3,13 @@
 Only figures that were read in their source are here. A figure that a paper shows only as a curve is None.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from experiments.config import tasks
+from experiments.config.presets import MNIST, TUTORIAL, ZHOU, recipe
+from experiments.reports.commands import Kind
 
 
 class Figure(NamedTuple):
@@ -12,12 +17,12 @@ class Figure(NamedTuple):
 
     Attributes:
       what: the network and the method, in words.
-      settings: the settings that a run of ours must have to stand beside it, by flat name. A tuple stands for any one
-        of its values.
+      settings: the settings that a run of ours must have to stand beside it, by flat name.
       accuracy: the published test accuracy, a fraction; None where there is only a curve, or no such run.
-      epochs: of the published training; None where it is counted in other units.
+      epochs: of the published training; None where it is not known, or counted in other units.
       source: where the figure is written.
       headline: whether README shows it.
+      kind: which command makes such results; see `commands`.
     """
 
     what: str
@@ -26,6 +31,12 @@ class Figure(NamedTuple):
     epochs: int | None = None
     source: str = ""
     headline: bool = False
+    kind: Kind = "run"
+
+    @property
+    def series(self) -> str:
+        """What it shares with the figures of other densities."""
+        return re.sub(r", [\d.]+ % kept", "", self.what)
 
 
 class Experiment(NamedTuple):
@@ -54,15 +65,15 @@ def _edge_popup() -> tuple[Figure, ...]:
     found = [
         Figure(
             "MNIST convnet, edge-popup, 50 % kept, the published settings",
-            {**mnist, "method": "edge-popup", "preset": "tutorial"},
+            {**mnist, "method": "edge-popup", **TUTORIAL, "density": 0.5, "distribution": "uniform", "shift": 0},
             *(0.9828, 20, _RAMANUJAN, True),
         ),
         Figure(
             "MNIST convnet, edge-popup, 50 % kept, our settings",
-            {**mnist, "method": "edge-popup", "preset": "best", "density": 0.5, "init": "signed-constant"},
+            {**mnist, "method": "edge-popup", **recipe(MNIST, "best", "edge-popup"), "density": 0.5},
             headline=True,
         ),
-        Figure("MNIST convnet, dense", {**mnist, "method": "dense", "preset": "best"}, headline=True),
+        Figure("MNIST convnet, dense", {**mnist, **recipe(MNIST, "best", "dense")}, headline=True),
     ]
     for model, name in _CONVS.items():
         of_model = {**_CIFAR, "model": model}
@@ -80,14 +91,16 @@ def _edge_popup() -> tuple[Figure, ...]:
 
 def _bernoulli() -> tuple[Figure, ...]:
     best = {"conv2": 0.660, "conv4": 0.725, "conv6": 0.765}
-    lenet = {"dataset": "mnist", "model": "lenet-300-100", "method": "bernoulli", "rescale": True}
+    signed = {"method": "bernoulli", "rescale": True, "init": "signed-deviation"}
+    trained = {name: value for name, value in ZHOU.items() if name not in ("model", "init", "epochs")}
+    lenet = {"dataset": "mnist", "model": "lenet-300-100", "shift": 0, **trained, **signed}
     fully = Figure("LeNet-300-100 on MNIST, rescaled, signed weights", lenet, 0.980, 2000, _ZHOU, True)
     return (
         fully,
         *(
             Figure(
                 f"{_CONVS[model]}, rescaled, signed weights",
-                {**_CIFAR, "model": model, "method": "bernoulli", "rescale": True},
+                {**_CIFAR, "model": model, **signed},
                 *(accuracy, 2000, _ZHOU),
             )
             for model, accuracy in best.items()
@@ -141,10 +154,11 @@ _SYNFLOW = {
 
 def _before_training() -> tuple[Figure, ...]:
     names = {"vgg-16": "VGG-16", "resnet-18": "ResNet-18"}
+    ranked = {"distribution": "global", "rounds": 0, "minimum": 0}
     return tuple(
         Figure(
             f"{names[model]}, {method}, {100 * density:.3g} % kept",
-            {**_CIFAR, "model": model, "method": method, "distribution": "global", "density": density},
+            {**_CIFAR, "model": model, "method": method, "density": density, **ranked},
             *(percent / 100, 160, _TANAKA),
         )
         for model, methods in _SYNFLOW.items()
@@ -154,23 +168,37 @@ def _before_training() -> tuple[Figure, ...]:
 
 
 def _tickets() -> tuple[Figure, ...]:
-    lenet = {"model": "lenet-300-100", "dataset": "mnist", "sweep": "none"}
+    published = {"sweep": "none", "criterion": "large_final", "kept": "rewind", "unit": "weight", "transfer_to": None}
+    lenet = {**published, "model": "lenet-300-100", "dataset": "mnist", "scope": "layer", "fraction": 0.2}
+    lenet |= {"density": None, "rewind_step": 0}
     networks = {"ticket": "the ticket", "reinit": "its masks on other weights", "random": "random masks"}
-    found = [Figure("LeNet-300-100, all weights", {**lenet, "network": "ticket", "round": 0}, headline=True)]
-    found += [
-        Figure(
-            f"LeNet-300-100, {what}, 21.1 % kept",
-            {**lenet, "network": network, "round": 7},
-            headline=network == "ticket",
-        )
-        for network, what in networks.items()
-    ]
-    rewound = {"model": ("resnet-20", "vgg-16", "conv2", "conv4", "conv6"), "dataset": "cifar10", "sweep": "none"}
-    found += [
-        Figure(f"on CIFAR-10, {what}, after the last round", {**rewound, "network": network, "last": True})
-        for network, what in networks.items()
-    ]
+    full = {**lenet, "network": "ticket", "round": 0}
+    found = [Figure("LeNet-300-100, all weights", full, headline=True, kind="ticket")]
+    for network, what in networks.items():
+        settings = {**lenet, "network": network, "round": 7}
+        shown = network == "ticket"
+        found.append(Figure(f"LeNet-300-100, {what}, 21.1 % kept", settings, headline=shown, kind="ticket"))
+    names = {**_CONVS, "resnet-20": "ResNet-20", "vgg-16": "VGG-16"}
+    for model in ("conv2", "conv4", "conv6", "resnet-20", "vgg-16"):
+        settings = {**published, "model": model, "dataset": "cifar10"}
+        full = {**settings, "network": "ticket", "round": 0}
+        found.append(Figure(f"{names[model]}, all weights", full, kind="ticket"))
+        found += [
+            Figure(f"{names[model]}, {what}, last round", {**settings, "network": network, "last": True}, kind="ticket")
+            for network, what in networks.items()
+        ]
     return tuple(found)
+
+
+def _many_tasks() -> tuple[Figure, ...]:
+    shared = {"dataset": "mnist", "method": "threshold", "width": 300, "depth": 2, "outputs": 100, "epochs": 1}
+    settings = {**shared, "tasks": 5, **tasks.RECIPES[tasks.PUBLISHED, "threshold"]}
+    del settings["temperature"]  # of the inference of tasks
+    ours = {**shared, "tasks": 100, **tasks.RECIPES[tasks.BEST, "threshold"]}
+    return (
+        Figure("5 tasks, the published settings", settings, 0.92368, 1, _WORTSMAN, kind="tasks"),
+        Figure("Permuted MNIST, 100 tasks in one network, our settings", ours, headline=True, kind="tasks"),
+    )
 
 
 EXPERIMENTS = (
@@ -209,13 +237,7 @@ EXPERIMENTS = (
     Experiment(
         "many-tasks",
         "Many tasks, one network (Wortsman et al. 2020)",
-        "Permuted MNIST, one mask for each task; the mean over the tasks.",
-        (
-            Figure(
-                "784-300-300-100, threshold masks, one epoch a task",
-                {"dataset": "mnist", "method": "threshold", "tasks": tuple(range(2, 1001))},
-                *(0.92368, 1, _WORTSMAN, True),
-            ),
-        ),
+        "Permuted MNIST, threshold masks of one random network, 784-300-300-100; the mean over the tasks.",
+        _many_tasks(),
     ),
 )

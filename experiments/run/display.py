@@ -83,7 +83,7 @@ def show_summary(summary: dict, path) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    if summary.get("emptied"):  # a run of an earlier version does not tell
+    if summary.get("emptied"):  # a run of an earlier version does not record it
         table.add_row("layer collapse", f"nothing is kept of {', '.join(summary['emptied'])}", style="bold yellow")
     for layer, counts in list(summary["layers"].items())[:MAX_LAYERS_SHOWN]:
         table.add_row(layer, f"{counts['kept']:,} of {counts['size']:,} weights ({counts['density']:.2%})")

@@ -24,7 +24,7 @@ from experiments.training import images
 from experiments.training.fit import fit
 from experiments.training.summary import versions
 
-ONLY_AT_THE_END = 10**9  # steps between checkpoints: a cell takes seconds, and is saved when it ends
+CHECKPOINT_EVERY = 2000  # steps: many cells take less, and are saved when they end
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
 FIGURES |= {"test_sampled_accuracy"}  # of methods that draw masks
 FIGURES |= {"emptied"}  # layers of which nothing is kept
@@ -49,7 +49,7 @@ def cell(labels: Mapping[str, Any], method: str, **settings: Any) -> Cell:
     Raises:
       UserError: a setting is out of range, or nothing reads an option that is set.
     """
-    base = changed(Run(), **best_recipe(settings.get("dataset", "auto"), method), checkpoint_every=ONLY_AT_THE_END)
+    base = changed(Run(), **best_recipe(settings.get("dataset", "auto"), method), checkpoint_every=CHECKPOINT_EVERY)
     config = changed(base, **settings)
     config.check()
     refuse_unread(config, base)

@@ -42,6 +42,8 @@ def open_data(config: Lottery) -> tuple[Lottery, Dataset, Dataset | None]:
     dataset, _ = images.splits(changed(config.data, validation=0), dataset)
     transfer_to = config.tickets.transfer_to
     target = load(transfer_to, config.data.data_dir) if transfer_to else None
+    if target and target.warning:
+        show_warning(target.warning)
     if target and (target.image_shape, target.classes) != (dataset.image_shape, dataset.classes):
         raise UserError(
             f"--transfer-to {transfer_to} has images of {target.image_shape} in {target.classes} classes, and "

@@ -1,7 +1,6 @@
 """One run from its settings to its files: data, network, method, training, evaluation, summary."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,9 +131,7 @@ class _Job:
         start = self.start()
         if self.shows:
             display.say("compiling, and evaluating the untrained network")
-        began = time.perf_counter()
         masks, first = parts.measured(start.state)
-        evaluation = time.perf_counter() - began
         start = start._replace(masks=masks)
         checkpoints = self.workdir.checkpoints()
         restored = checkpoints.restore(start)
@@ -149,28 +146,31 @@ class _Job:
             else:
                 shown.epoch(self.workdir.append({"epoch": 0, "step": 0, **first}))
             if self.shows and jax.process_count() == 1 and step < parts.last_step:
-                shown.say(self.estimate(progress.state, step, evaluation))
+                shown.say(self.estimate(progress.state, step))
             advance = stepper.over(parts.stepper, parts.epochs, leaf_key(parts.key, "order"))
             at_once = max(REPORT_EVERY, parts.stepper.steps_per_call)
             progress = train(advance, progress, step, parts.last_step, self.events(shown, checkpoints), at_once)
         return self.finish(progress)
 
-    def estimate(self, state: sm.TrainState, step: int, evaluation: float) -> str:
+    def estimate(self, state: sm.TrainState, step: int) -> str:
         """How long the rest of the training will take, by two calls of the step on a copy of the state.
+
+        The first call compiles, and is not counted. An evaluation takes a third as long for each image.
 
         Args:
           state: before the step; it is not given away.
           step: how many steps are behind it.
-          evaluation: seconds that an evaluation takes.
         """
-        parts, steps = self.parts, self.parts.epochs.steps
+        parts, batch = self.parts, self.parts.config.optim.batch_size
+        tried = min(parts.stepper.steps_per_call, parts.epochs.steps)
         copy = parts.placement.place(jax.tree.map(jnp.copy, state))
         totals, order = parts.placement.replicate(stepper.zero_totals()), parts.epochs.order(parts.key, 0)
-        tried = min(2 * parts.stepper.steps_per_call, steps)
-        *_, seconds, _ = parts.stepper(copy, totals, order, 0, tried)
-        left, epochs = parts.last_step - step, parts.config.epochs - step // steps
-        minutes = (left * seconds / tried + epochs * evaluation) / 60
-        return f"about {minutes:.1f} minutes: {left:,} steps of {1000 * seconds / tried:.0f} ms, and evaluations"
+        for _ in range(2):
+            copy, totals, seconds, _ = parts.stepper(copy, totals, order, 0, tried)
+        left, epochs = parts.last_step - step, parts.config.epochs - step // parts.epochs.steps
+        seconds /= tried
+        minutes = (left * seconds + epochs * seconds / batch * len(parts.split.source) / 3) / 60
+        return f"about {minutes:.1f} minutes: {left:,} steps of {1000 * seconds:.0f} ms, and evaluations"
 
     def stop_before_training(self, step: int) -> None:
         """Raises Interrupted if a signal came while all was made ready; nothing is lost then."""

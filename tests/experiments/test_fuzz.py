@@ -180,7 +180,7 @@ def test_densities_keep_their_exact_counts_in_each_layer(scores, densities):
         assert_equal({name: mask}, {name: oracles.highest(score, counts[name])})
 
 
-@pytest.mark.filterwarnings("ignore:pruned whole")
+@pytest.mark.filterwarnings("ignore:no weight is kept")
 @fuzz(100)
 @given(TREES, WITHIN, DENSITIES)
 def test_a_density_of_all_layers_keeps_its_exact_count_or_more_than_there_is_raises(scores, within, density):

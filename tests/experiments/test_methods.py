@@ -137,7 +137,7 @@ def test_what_learns_changes_in_every_leaf(name):
     assert before and all(not np.array_equal(before[path], after[path]) for path in before)
 
 
-@pytest.mark.filterwarnings("ignore:pruned whole")  # scores of 0 keep nothing
+@pytest.mark.filterwarnings("ignore:no weight is kept")  # scores of 0 keep nothing
 @masked_method
 @pytest.mark.parametrize("key", [None, 5])
 def test_masks_are_binary_before_and_after_training(name, key):
@@ -216,7 +216,7 @@ def test_layers_of_one_shape_are_drawn_independently(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:pruned whole")
+@pytest.mark.filterwarnings("ignore:no weight is kept")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", ["random", "gradual"])
 def test_every_distribution_keeps_the_density_of_all_weights(name, distribution):

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 from experiments import cifar, mnist
+from experiments.config import tasks
 from experiments.config.flags import parser
-from experiments.config.presets import CIFAR, MNIST, recipe
+from experiments.config.presets import CIFAR, LOTTERY, MNIST, recipe
 from experiments.config.run import named
 from experiments.config.settings import changed, flat
+from experiments.config.tasks import ManyTasks
+from experiments.config.tickets import Lottery
 from experiments.report import Config, main
-from experiments.reports import gather, pages, report, tables
+from experiments.reports import commands, gather, pages, report, tables
 from experiments.reports.published import EXPERIMENTS, Figure
+from experiments.run.names import plain
 
 ROOT = Path(__file__).parents[2]
 CONV4 = {"dataset": "cifar10", "model": "conv4", "widen": 1.0, "method": "edge-popup", "density": 0.1}
@@ -58,7 +62,7 @@ def test_seeds_of_one_setting_are_one_row_and_other_settings_another(tmp_path):
     one, other = sorted(rows_of(results, "Conv4, edge-popup, 10 % kept"), key=lambda row: -row.mean)
     assert one.accuracies == (0.75, 0.77) and one.spread == (0.75, 0.77) and one.date == "2026-01-02"
     assert one.difference == pytest.approx(0.76 - 0.74) and one.cut_short and one.epochs == 10
-    assert (one.variant, other.variant) == ("init signed-constant", "init kaiming-normal")
+    assert (one.variant, other.variant) == ("", "init kaiming-normal")
     assert one.command == "python -m experiments.cifar --model conv4 --density 0.1"
     assert other.command == "python -m experiments.cifar --model conv4 --density 0.1 --init kaiming-normal"
 
@@ -83,37 +87,133 @@ def test_files_that_are_no_summaries_are_named_and_the_others_count(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
+        *(["--method", method, "--model", "conv2"] for preset, method in CIFAR if preset == "quick"),
         ["--model", "conv2", "--method", "dense", "--learning-rate", "0.01"],
         ["--method", "bernoulli", "--no-rescale", "--model", "conv2", "--epochs", "3"],
         ["--preset", "paper", "--method", "snip", "--density", "0.05", "--drop-at", "0.25", "0.5", "--nesterov"],
-        ["--method", "random", "--distribution", "uniform", "--density", "0.2"],
+        ["--preset", "zhou", "--method", "bernoulli", "--init", "signed-deviation", "--rescale"],
+        ["--method", "random", "--distribution", "uniform", "--density", "0.2", "--flip-alternately"],
+        ["--dataset", "cifar100", "--model", "vgg-16", "--optimizer", "adam", "--learning-rate", "0.001"],
+        [],
     ],
 )
 def test_the_command_of_a_run_gives_its_settings_again(flags):
     config = parser(cifar.Config, cifar.defaults)("x", flags)
-    command = gather.command_of(json.loads(json.dumps(flat(config))))
-    words = command.split()
+    config = named(config, config.data.dataset)
+    words = commands.command_of("run", plain(flat(config))).split()
     assert words[:3] == ["python", "-m", "experiments.cifar"]
-    assert parser(cifar.Config, cifar.defaults)("x", words[3:]) == config
+    assert len(words) <= 3 + len(flags)
+    again = parser(cifar.Config, cifar.defaults)("x", words[3:])
+    assert named(again, again.data.dataset) == config
 
 
 def test_the_command_of_a_run_on_digits():
     for dataset, flag in (("mnist", ""), ("kmnist", " --dataset kmnist")):
         config = named(changed(mnist.Config(), **recipe(MNIST, "tutorial", "edge-popup")), dataset)
-        settings = json.loads(json.dumps(flat(config)))
-        assert gather.command_of(settings) == f"python -m experiments.mnist --preset tutorial{flag}"
+        said = commands.command_of("run", plain(flat(config)))
+        assert said == f"python -m experiments.mnist --preset tutorial{flag}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "more", "command"),
+    [
+        ("short", {}, "python -m experiments.lottery"),
+        ("short", {"fraction": 0.5, "controls": ()}, "python -m experiments.lottery --fraction 0.5 --controls"),
+        ("conv4", {"rounds": 3}, "python -m experiments.lottery --preset conv4 --rounds 3"),
+    ],
+)
+def test_the_command_of_tickets(preset, more, command):
+    config = changed(Lottery(), **{**LOTTERY[preset], "preset": preset, "validation": 5000, **more})
+    config = changed(config, dataset="mnist" if preset == "short" else "cifar10")
+    assert commands.command_of("ticket", plain(flat(config))) == command
+
+
+def test_the_command_of_many_tasks():
+    config = tasks.named(changed(ManyTasks(), **tasks.recipe("published", "threshold"), tasks=7), "mnist")
+    said = commands.command_of("tasks", plain(flat(config)))
+    assert said == "python -m experiments.many_tasks --preset published --tasks 7"
+
+
+def tickets_of(dataset="mnist", **changes):
+    """A summary.json as experiments.lottery writes it."""
+    config = changed(Lottery(), dataset=dataset, **changes)
+    networks = [
+        {"network": kind, "round": number, "trial": 0, "density": 0.8**number, "early_stop_test_accuracy": 0.98}
+        for number in (0, 7, 8)
+        for kind in (("ticket", "reinit", "random") if number else ("ticket",))
+    ]
+    return {"dataset": dataset, "networks": networks, "per_input": [], "seed": 0, "config": plain(flat(config))}
+
+
+def shown(results):
+    return {row.figure.what for _, rows in report.by_experiment(results) for row in rows if row.accuracies}
+
+
+def test_tickets_stand_beside_tickets_only(tmp_path):
+    results, _ = gather.results([written(tmp_path, tickets_of())])
+    assert len(results) == 7 and {result.kind for result in results} == {"ticket"}
+    whats = ("the ticket", "its masks on other weights", "random masks")
+    assert shown(results) == {
+        "LeNet-300-100, all weights",
+        *(f"LeNet-300-100, {what}, 21.1 % kept" for what in whats),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"unit": "neuron"}, {"fraction": 0.5}, {"criterion": "random"}, {"transfer_to": "kmnist"}, {"density": 0.1}],
+)
+def test_tickets_that_were_drawn_in_another_way_stand_beside_nothing(tmp_path, changes):
+    results, _ = gather.results([written(tmp_path, tickets_of(**changes))])
+    assert len(results) == 7 and not shown(results)
+
+
+def test_tickets_of_a_sweep_are_no_runs_of_edge_popup(tmp_path):
+    results, _ = gather.results([written(tmp_path, tickets_of("cifar10", model="conv4", density=0.1, rounds=1))])
+    assert not any("edge-popup" in what for what in shown(results))
+
+
+def test_many_tasks_count_on_test_images_and_with_the_settings_of_their_figure(tmp_path):
+    config = tasks.named(changed(ManyTasks(), **tasks.recipe("published", "threshold")), "mnist")
+    summary = {
+        "tasks": [{}] * 5,
+        "mean_accuracy": 0.9,
+        "split": "test",
+        "dataset": "mnist",
+        "config": plain(flat(config)),
+    }
+    wide = summary | {"config": summary["config"] | {"width": 500}}
+    results, _ = gather.results([written(tmp_path, summary, wide, summary | {"split": "validation"})])
+    assert len(results) == 2 and shown(results) == {"5 tasks, the published settings"}
 
 
 def test_drawn_masks_are_what_a_bernoulli_run_is_judged_by(tmp_path):
-    run = run_of(0.3, method="bernoulli", model="conv2", density=1.0) | {"test_sampled_accuracy": 0.6}
+    run = run_of(0.3, method="bernoulli", model="conv2", density=1.0, init="signed-deviation") | {
+        "test_sampled_accuracy": 0.6
+    }
     results, _ = gather.results([written(tmp_path, run)])
     assert [row.mean for row in rows_of(results, "Conv2, rescaled, signed weights")] == [0.6]
 
 
-def test_a_figure_fits_any_of_several_values():
-    assert tables.fits({"model": ("conv2", "conv4"), "density": 0.1}, CONV4)
-    assert not tables.fits({"model": ("conv2", "conv6")}, CONV4)
+def test_densities_may_differ_by_a_hundredth_of_themselves():
+    assert tables.fits({"model": "conv4", "density": 0.1001}, CONV4)
+    assert not tables.fits({"model": "conv4", "density": 0.102}, CONV4)
     assert not tables.fits({"model": "conv4", "round": 7}, CONV4)
+
+
+def test_a_seed_that_was_run_twice_counts_once_and_held_out_images_are_told(tmp_path):
+    runs = [run_of(0.7, model="conv4", density=0.1, workdir=f"{i}", checkpoint_every=i + 1) for i in range(2)]
+    runs.append(run_of(0.6, 1, model="conv4", density=0.1, validation=5000))
+    results, _ = gather.results([written(tmp_path, *runs)])
+    rows = rows_of(results, "Conv4, edge-popup, 10 % kept")
+    assert [(row.accuracies, row.variant) for row in rows] == [((0.7,), ""), ((0.6,), "validation 5000")]
+
+
+def test_what_differs_from_our_recipe_is_told(tmp_path):
+    odd = run_of(0.7, model="conv4", density=0.1, train_images=500, distribution="erk", cutout=4)
+    results, _ = gather.results([written(tmp_path, odd)])
+    (row,) = rows_of(results, "Conv4, edge-popup, 10 % kept")
+    assert row.variant == "distribution erk, cutout 4, train images 500"
 
 
 def test_every_published_figure_has_a_source_and_is_a_fraction():
@@ -128,7 +228,8 @@ def test_the_pages_say_what_was_cut_short_and_what_was_not_run(tmp_path):
     text = pages.markdown(report.by_experiment(results))
     (line,) = [line for line in text.splitlines() if line.startswith("| Conv4, edge-popup, 10 % kept")]
     assert "| 74.00 % | 75.00 % | 1 | +1.00 | 10, cut short (published: 100) |" in line
-    assert "Published, and not run here:" in text and "Conv8, edge-popup, 10 % kept: 70.00 %" in text
+    assert "Published, and not run here:\n\n- " in text
+    assert "\n- Conv2, edge-popup: 65.00 % (10 % kept)\n- Conv2, dense: 68.79 %\n" in text
 
 
 class Links(HTMLParser):
@@ -164,13 +265,16 @@ def test_text_from_files_is_escaped():
 def test_the_command_writes_its_pages_and_says_nothing_is_new_the_second_time(tmp_path, capsys):
     (tmp_path / "README.md").write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     written(tmp_path / "results", run_of(0.75, model="conv4", density=0.1))
-    config = Config(*(str(tmp_path / name) for name in ("none", "results", "pages", "README.md")))
+    written(tmp_path / "runs", run_of(0.9, model="conv2", density=0.1))
+    config = Config(*(str(tmp_path / name) for name in ("runs", "results", "pages", "README.md")))
     assert set(main(config).values()) == {True}
+    assert "90.00 %" not in (tmp_path / "pages" / "published.md").read_text()
+    assert "90.00 %" in (tmp_path / "runs" / "report" / "published.md").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
     assert "**75.00 %**, 10 epochs | 74.00 %, 100 epochs |" in readme
     assert set(main(config).values()) == {False}
-    assert "1 results, in 1 rows" in capsys.readouterr().out
+    assert "results: 1 results, in 1 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

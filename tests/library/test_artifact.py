@@ -389,7 +389,7 @@ def refusals():
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:pruned whole")  # scores of 0 keep nothing
+@pytest.mark.filterwarnings("ignore:no weight is kept")  # scores of 0 keep nothing
 def test_what_cannot_be_saved_is_refused_by_name_and_leaves_no_file(file):
     for what, (saved, origin, message) in refusals().items():
         with pytest.raises(ValueError) as refused:

@@ -35,19 +35,19 @@ def every(path, leaf):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_layer_that_keeps_nothing_is_named(way):
     make, advice = WAYS[way]
-    with pytest.warns(UserWarning, match=f"^pruned whole: last; {advice}$"):
+    with pytest.warns(UserWarning, match=f"^no weight is kept in last; {advice}$"):
         masks = make()
     assert masks["first"].any()
     assert not masks["last"].any()
 
 
 def test_a_layer_of_a_stack_is_named():
-    with pytest.warns(UserWarning, match=r"pruned whole: layers/kernel\[1\]; a higher"):
+    with pytest.warns(UserWarning, match=r"no weight is kept in layers/kernel\[1\]; a higher"):
         sm.layerwise_masks(STACK, {f"layers/kernel[{i}]": part for i, part in enumerate((0.5, 0, 1))}, layout=LAYOUT)
 
 
 def test_counts_are_known_under_jit():
-    with pytest.warns(UserWarning, match="pruned whole: last"):
+    with pytest.warns(UserWarning, match="no weight is kept in last"):
         jax.jit(lambda scores: sm.edge_popup({"first": 0.5, "last": 0.0})(scores, None))(SCORES)
 
 

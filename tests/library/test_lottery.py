@@ -47,7 +47,7 @@ def test_the_least_magnitudes_of_all_layers_go_and_of_each_layer():
 
 def test_a_fraction_is_of_what_is_left_and_nothing_pruned_comes_back():
     masks = {"first": {"kernel": jnp.array([[1.0, 0], [1, 1]]), "bias": None}, "last": jnp.array([[0.0, 1]])}
-    with pytest.warns(UserWarning, match="pruned whole: last; minimum=1"):
+    with pytest.warns(UserWarning, match="no weight is kept in last; minimum=1"):
         halved = lottery.prune(TINY, masks, 0.5)
     assert flat(halved) == {"first/kernel": [[0, 0], [1, 1]], "last": [[0, 0]]}
     assert ones(lottery.prune(TINY, masks, 0.5, minimum=1)) == {"first/kernel": 1, "last": 1}

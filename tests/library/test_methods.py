@@ -123,7 +123,7 @@ def test_what_learns_changes_in_every_leaf_and_the_rest_is_bit_identical(name):
         jax.tree.map(np.testing.assert_array_equal, getattr(start, frozen), getattr(end, frozen))
 
 
-@pytest.mark.filterwarnings("ignore:pruned whole")  # scores of 0 keep nothing
+@pytest.mark.filterwarnings("ignore:no weight is kept")  # scores of 0 keep nothing
 @pytest.mark.float32
 @each
 @pytest.mark.parametrize("key", [None, 5])

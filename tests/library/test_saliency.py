@@ -307,7 +307,7 @@ def test_one_round_is_one_shot_pruning():
 @pytest.mark.float32
 def test_no_slip_of_floating_point_keeps_a_weight_too_many():
     counts, (scores,) = [], draws(1)
-    with pytest.warns(UserWarning, match="pruned whole"):
+    with pytest.warns(UserWarning, match="no weight is kept"):
         prune_in_rounds(lambda masks: counts.append(masks and count_of(masks)) or scores, 0.001, 3)
     assert 0.001 ** (1 / 3) > 0.1
     assert counts == [None, 100, 10]
@@ -317,7 +317,7 @@ def test_no_slip_of_floating_point_keeps_a_weight_too_many():
 def test_a_layer_pruned_whole_is_named_in_a_warning_and_a_minimum_prevents_it():
     (scores,) = draws(1)
     scores |= {"c": scores["c"] - 100, "e": scores["e"] - 200}
-    with pytest.warns(UserWarning, match="pruned whole: c, e; minimum=1 keeps a weight in every layer"):
+    with pytest.warns(UserWarning, match="no weight is kept in c, e; minimum=1 keeps a weight in every layer"):
         prune_in_rounds(lambda masks: scores, 0.3, 3)
     masks = jax.device_get(prune_in_rounds(lambda masks: scores, 0.3, 3, minimum=25))
     assert count_of(masks) == 300

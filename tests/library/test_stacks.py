@@ -193,7 +193,7 @@ def test_n_of_m_asks_where_no_axis_is_summed():
 
 def test_a_minimum_is_of_each_layer_and_an_emptied_one_is_named():
     scores = {DENSE: np.concatenate([np.ones((1, 4, 5)), np.zeros((1, 4, 5))]).astype(np.float32)}
-    with pytest.warns(UserWarning, match=r"pruned whole: Dense_0/kernel\[1\]; minimum=1"):
+    with pytest.warns(UserWarning, match=r"no weight is kept in Dense_0/kernel\[1\]; minimum=1"):
         sm.global_masks(scores, 0.5)
     masks = sm.global_masks(scores, 0.5, minimum=2)
     assert layer_counts(masks) == {f"{DENSE}[0]": (18, 20), f"{DENSE}[1]": (2, 20)}

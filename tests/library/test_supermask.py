@@ -146,7 +146,7 @@ def test_a_mask_is_one_exactly_where_the_uniform_is_below_the_probability():
     assert bernoulli_mask(score, uniform).tolist() == [0, 1, 1, 0, 0, 0, 1]
 
 
-@pytest.mark.filterwarnings("ignore:pruned whole")  # scores of 0 keep nothing
+@pytest.mark.filterwarnings("ignore:no weight is kept")  # scores of 0 keep nothing
 def test_without_a_key_the_likelier_value_is_taken_however_small_the_score():
     tiny = np.finfo(np.float32).tiny
     masks = sm.bernoulli()({"kernel": jnp.array([0.0, -0.0, 1e-30, tiny, -1e-30, 5, -5], jnp.float32)}, None)
