@@ -153,6 +153,9 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_and_resumed_it_ends_bit_identical(pictures, tmp_path, monkeypatch, method):
     more = ["--method", method, *METHODS[method], "--checkpoint-every", "3"]
+    if method != "edge-popup":  # once with the real network
+        monkeypatch.setattr(zoo, "cifar_resnet", small)
+        monkeypatch.setattr("experiments.plots.one_run.draw_run", lambda *_: None)
     expected = main(pictures, tmp_path / "whole", *more)
     save, stops = Checkpoints.save, [3, 6]
 
@@ -171,7 +174,7 @@ def test_stopped_and_resumed_it_ends_bit_identical(pictures, tmp_path, monkeypat
     assert_same_results(tmp_path / "broken", tmp_path / "whole")
     if "--density" in more:
         density = float(more[more.index("--density") + 1])
-        assert abs(got["density"] - density) < 0.001
+        assert abs(got["density"] - density) < 0.002
     assert ("gradient_flow" in got) == ("--assess" in more)
 
 
@@ -179,6 +182,7 @@ def test_stopped_and_resumed_it_ends_bit_identical(pictures, tmp_path, monkeypat
 @quiet
 def test_a_signal_stops_it_and_what_it_prints_resumes_it_bit_identical(pictures, tmp_path):
     more = ["--method", "rigl", "--density", "0.2", "--epochs", "12", "--checkpoint-every", "1000000"]
+    more += ["--model", "vgg-11", "--widen", "0.1"]  # it has batch statistics, and compiles sooner than a ResNet
     command = [sys.executable, "-m", "experiments.cifar"]
     whole = subprocess.run(
         [*command, *flags(pictures, tmp_path / "whole", *more)], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -169,6 +169,7 @@ def test_layers_ranked_as_one_get_the_mask_of_a_sort_of_all(scores, within, draw
     assert_equal(masks, highest_of_all(scores, count, within))
 
 
+@pytest.mark.filterwarnings("ignore:no weight is kept")
 @pytest.mark.slow
 @fuzz(100)
 @given(TREES, st.fixed_dictionaries(dict.fromkeys(LAYERS, DENSITIES)))
