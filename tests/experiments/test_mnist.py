@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ def small(tmp_path):
 def test_it_finds_a_supermask_and_leaves_its_files(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "mnist-5k", "--train-images", "2000", "--model", "mlp", "--width", "32", "--epochs", "2"]
     status, out, err = run(capsys, monkeypatch, *flags, "--density", "0.3", "--workdir", tmp_path / "run")
+    assert re.search(r"\nabout [\d.]+ minutes: [\d,]+ steps of \d+ ms, and evaluations\n", out)
     assert status == 0, err
     assert "mnist-5k" in out and "epoch   2/2" in out
     files = {p.name for p in (tmp_path / "run").iterdir()}

@@ -184,7 +184,7 @@ def test_many_tasks_count_on_test_images_and_with_the_settings_of_their_figure(t
     }
     wide = summary | {"config": summary["config"] | {"width": 500}}
     results, _ = gather.results([written(tmp_path, summary, wide, summary | {"split": "validation"})])
-    assert len(results) == 2 and shown(results) == {"5 tasks, the published settings"}
+    assert len(results) == 2 and shown(results) == {"Permuted MNIST, 5 tasks in one network, the published settings"}
 
 
 def test_drawn_masks_are_what_a_bernoulli_run_is_judged_by(tmp_path):
