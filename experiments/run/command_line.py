@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from experiments.run.errors import UserError
 from experiments.run.interrupt import Interrupted
+from experiments.run.streams import undisturbed
 
 
 def run(main: Callable, parse: Callable, prog: str, args: list[str] | None = None):
@@ -26,7 +27,11 @@ def run(main: Callable, parse: Callable, prog: str, args: list[str] | None = Non
       prog: the command as the user types it, without flags.
       args: the flags; those of this process, if None.
     """
-    args = sys.argv[1:] if args is None else args
+    with undisturbed():
+        _run(main, parse, prog, sys.argv[1:] if args is None else args)
+
+
+def _run(main: Callable, parse: Callable, prog: str, args: list[str]) -> None:
     try:
         config = parse(prog, args)
     except UserError as error:

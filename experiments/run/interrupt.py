@@ -1,5 +1,7 @@
-"""SIGTERM and Ctrl-C: a run finishes the steps that it has begun, saves, and ends. A second signal ends it as soon as
-Python, and not XLA, is running."""
+"""SIGTERM, Ctrl-C and a closed terminal (SIGHUP): a run finishes the steps that it has begun, saves, and ends.
+
+A second signal ends it as soon as Python, and not XLA, is running.
+"""
 
 import contextlib
 import signal
@@ -26,7 +28,10 @@ def stopping() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request) for number in numbers}
     try:
         yield lambda: bool(signals)
     finally:

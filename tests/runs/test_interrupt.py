@@ -29,7 +29,7 @@ def finished(command, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_by_a_signal_it_saves_and_what_it_prints_resumes_it(tmp_path, number):
     process = subprocess.Popen(
         flags(tmp_path / "run", "--epochs", "400"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -54,6 +54,28 @@ def test_stopped_by_a_signal_it_saves_and_what_it_prints_resumes_it(tmp_path, nu
     assert again.returncode == 3
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(len(records)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["| head -2", "> /dev/full", ">&-", "2>&- | head -1"])
+def test_a_standard_output_that_is_closed_or_full_does_not_end_a_run(tmp_path, where):
+    command = shlex.join(flags(tmp_path / "run", "--epochs", "6"))
+    ended = finished(["bash", "-c", f"{command} {where}; exit ${{PIPESTATUS[0]}}"])
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 6
+    assert (tmp_path / "run" / "curves.png").exists() and "Traceback" not in ended.stderr
+    if where in ("| head -2", "> /dev/full"):
+        assert ended.stderr.count("standard output cannot be written to (") == 1, ended.stderr
+
+
+def test_a_run_that_is_told_to_ignore_a_closed_terminal_ignores_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopping() as stop_requested:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop_requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_ends_it_at_once_and_handlers_are_put_back():
