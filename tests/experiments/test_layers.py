@@ -53,7 +53,7 @@ LATE = {
     "plots/one_run.py": {"flips": {"matplotlib"}},
     "training/fit.py": {"draw": {"experiments.plots.one_run"}},
     # Errors are reported without JAX, and one process needs nothing that several need.
-    "run/command_line.py": {"run": {"experiments.run.processes"}},
+    "run/command_line.py": {"_run": {"experiments.run.processes"}},
     "run/processes.py": {
         "tree_of_first": {"jax.experimental"},
         "_gathered": {"jax.experimental"},
