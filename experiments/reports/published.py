@@ -79,13 +79,12 @@ def _edge_popup() -> tuple[Figure, ...]:
         of_model = {**_CIFAR, "model": model}
         for density in (0.1, 0.3, 0.5, 0.7):
             kept = {**of_model, "method": "edge-popup", "density": density}
-            known = (tenth[model], 100, f"Ramanujan et al. 2020, figure 3, {_KOSTER}") if density == 0.1 else ()
-            headline = model in ("conv2", "conv4") and density in (0.1, 0.5)
-            figure = Figure(f"{name}, edge-popup, {100 * density:g} % kept", kept, *known)
-            found.append(figure._replace(headline=headline))
+            known = (
+                (tenth[model], 100, f"Ramanujan et al. 2020, figure 3, {_KOSTER}") if density == 0.1 else (None, 100)
+            )
+            found.append(Figure(f"{name}, edge-popup, {100 * density:g} % kept", kept, *known))
         baseline = (dense[model], None, "Koster et al. 2022, their own dense training")
-        figure = Figure(f"{name}, dense", {**of_model, "method": "dense"}, *baseline)
-        found.append(figure._replace(headline=model in ("conv2", "conv4")))
+        found.append(Figure(f"{name}, dense", {**of_model, "method": "dense"}, *baseline))
     return tuple(found)
 
 
