@@ -79,9 +79,8 @@ def _edge_popup() -> tuple[Figure, ...]:
         of_model = {**_CIFAR, "model": model}
         for density in (0.1, 0.3, 0.5, 0.7):
             kept = {**of_model, "method": "edge-popup", "density": density}
-            known = (
-                (tenth[model], 100, f"Ramanujan et al. 2020, figure 3, {_KOSTER}") if density == 0.1 else (None, 100)
-            )
+            read_off = tenth[model], 100, f"Ramanujan et al. 2020, figure 3, {_KOSTER}"
+            known = read_off if density == 0.1 else (None, 100)
             found.append(Figure(f"{name}, edge-popup, {100 * density:g} % kept", kept, *known))
         baseline = (dense[model], None, "Koster et al. 2022, their own dense training")
         found.append(Figure(f"{name}, dense", {**of_model, "method": "dense"}, *baseline))

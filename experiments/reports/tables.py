@@ -82,8 +82,10 @@ def _variant(figure: Figure, run: Result) -> str:
     usual = run.settings | {"preset": ""}  # our own recipe, whatever preset the run names
     _, differing = commands.flags(run.kind, usual)
     skipped = {*figure.settings, *SHOWN_ELSEWHERE, *CHANGE_NOTHING_HERE}
-    return ", ".join(f"{name.replace('_', ' ')} {_told(v)}" for name, v in differing.items() if name not in skipped)
+    return ", ".join(_told(name.replace("_", " "), value) for name, value in differing.items() if name not in skipped)
 
 
-def _told(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _told(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -264,7 +264,7 @@ def test_text_from_files_is_escaped():
 
 def test_the_command_writes_its_pages_and_says_nothing_is_new_the_second_time(tmp_path, capsys):
     (tmp_path / "README.md").write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
-    written(tmp_path / "results", run_of(0.75, model="conv4", density=0.1))
+    written(tmp_path / "results", tickets_of())
     written(tmp_path / "runs", run_of(0.9, model="conv2", density=0.1))
     config = Config(*(str(tmp_path / name) for name in ("runs", "results", "pages", "README.md")))
     assert set(main(config).values()) == {True}
@@ -272,9 +272,9 @@ def test_the_command_writes_its_pages_and_says_nothing_is_new_the_second_time(tm
     assert "90.00 %" in (tmp_path / "runs" / "report" / "published.md").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    assert "**75.00 %**, 10 epochs | 74.00 %, 100 epochs |" in readme
+    assert "| LeNet-300-100, the ticket, 21.1 % kept | `python -m experiments.lottery` | **98.00 %** |  |" in readme
     assert set(main(config).values()) == {False}
-    assert "results: 1 results, in 1 rows" in capsys.readouterr().out
+    assert "results: 7 results, in 4 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
