@@ -6,6 +6,8 @@ from typing import Any
 from experiments.plots.lines import ACCURACY_LABEL, as_drawn, log_ticks
 from experiments.plots.style import COLOURS, MARKERS, log_axis, new_figure, style_axes
 
+LEGEND_WIDTH = 130  # characters of its font across the figure
+
 
 def published(title: str, points: list[dict[str, Any]]):
     """Draws accuracy by density: ours as filled marks with the range of the seeds, the published as hollow marks.
@@ -38,7 +40,9 @@ def published(title: str, points: list[dict[str, Any]]):
     style_axes(ax, "density (% of the weights that are kept)", ACCURACY_LABEL)
     log_axis(ax, drawn, accuracy=True)
     log_ticks(ax, [point["density"] for point in points], percent=True)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    longest = max(len(label) for label in ax.get_legend_handles_labels()[1])
+    columns = max(1, LEGEND_WIDTH // (longest + 8))  # a mark takes the room of eight characters
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 

@@ -67,7 +67,7 @@ def picture(experiment: Experiment, rows: list[Row]) -> bytes | None:
     points = [
         {
             "name": row.figure.series,
-            "density": row.density if row.density is not None else row.figure.settings.get("density"),
+            "density": _rounded(row.density if row.density is not None else row.figure.settings.get("density")),
             "published": row.figure.accuracy,
             "accuracies": row.accuracies,
             "variant": row.variant,
@@ -80,6 +80,11 @@ def picture(experiment: Experiment, rows: list[Row]) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _rounded(density: float | None) -> float | None:
+    """A density of three digits, as an axis shows it."""
+    return None if density is None else float(f"{density:.3g}")
 
 
 def _readme(readme: Path, kept: pages.Tables) -> str:
