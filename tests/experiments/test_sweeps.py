@@ -130,7 +130,7 @@ def test_every_cell_leaves_a_row_of_its_labels_its_seed_and_its_figures(compared
     for row in rows:
         assert row["emptied"] == []
         sampled = {"test_sampled_accuracy"} if row["method"] == "bernoulli" else set()
-        assert set(row) == {"method", "asked", "seed"} | FIGURES | ASSESSED | sampled
+        assert set(row) == {"method", "asked", "seed"} | {"emptied"} | FIGURES | ASSESSED | sampled
         assert 0.12 < row["test_accuracy"] < 1 and (row["epochs"], row["steps"]) == (1, 63)
         assert 0 <= row["ece"] <= 1 and 0 <= row["brier"] <= 2 and set(row["ood_auroc"]) == {"noise"}
         assert 0 <= row["fgsm_accuracy"] < row["test_accuracy"] and 0 <= row["ood_auroc"]["noise"] <= 1
