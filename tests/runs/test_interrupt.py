@@ -31,9 +31,11 @@ def finished(command, **more):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_by_a_signal_it_saves_and_what_it_prints_resumes_it(tmp_path, number):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     process = subprocess.Popen(
         flags(tmp_path / "run", "--epochs", "400"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGHUP, before)
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("epoch   2/") for line in lines), process.stderr.read()
     process.send_signal(number)
