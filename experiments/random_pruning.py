@@ -22,7 +22,7 @@ LAYERWISE = tuple(name for name in DISTRIBUTIONS if name != "global")  # random 
 CHOOSING = tuple(  # the methods whose masks are not random, under which weights learn
     name for name, entry in METHODS.items() if entry.learns == "weights" and not entry.free_density and name != "random"
 )
-# On CIFAR-10: the ResNets of Liu et al. 2022, section 4, few epochs of a few of them. paper: all of them, 160 epochs.
+# On CIFAR-10: the ResNets of Liu et al. 2022, few epochs of a few of them. paper: all of them, 160 epochs.
 _CIFAR = {"model": sized.RESNET, "dataset": "cifar10", "depth": 20, "depths": (20, 32), "widths": (8, 16, 24)}
 _CIFAR |= {"learning_rate": 0.1, "workdir": "runs/random_pruning_cifar10"}
 _PAPER = {"epochs": 160, "depths": sized.RESNET_DEPTHS, "widths": (8, 16, 24, 32, 40, 48, 56)}

@@ -167,7 +167,7 @@ class _Follow:
         """What lies beside the others, or is one of them; with data, a leaf ends there."""
         if DATA in operands:
             self.note([view for operand in operands for view in _views(operand)], Use("added"))
-        return _changed(name, _several(operands))
+        return _changed(name, _several(name, operands))
 
     def elementwise(self, name: str, operands: list[Value], shapes: list[tuple[int, ...]], rank: int) -> Value:
         views = []
@@ -183,7 +183,7 @@ class _Follow:
             return DATA
         largest = max(view.real() for view in views)
         made = tuple(dict.fromkeys(v._replace(rescales=v.rescales or v.real() < largest) for v in views))
-        alike = {view.path for view in made if not view.rescales}
+        alike = [view for view in made if not view.rescales]
         return made if len(alike) == 1 and all(view.keeps_zero for view in made) else _changed(name, made)
 
     def other(self, name: str, operands: list[Value]) -> Value:
@@ -313,13 +313,13 @@ class _Follow:
         for times in (0, eqn.params["length"]):  # from the second round on, what the first one made
             with self.repeated(times):
                 outs = self.run(jaxpr, [*operands[:constants], *carry, *rows])
-            carry = [_joined(old, new) for old, new in zip(carry, outs[:carries], strict=True)]
+            carry = [_joined("scan", old, new) for old, new in zip(carry, outs[:carries], strict=True)]
         return [*carry, *(DATA if out == DATA else PARAMETER if out else None for out in outs[carries:])]
 
     def branches(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         with self.repeated("cond"):
             results = [self.run(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
-        outs = [_several(values) for values in zip(*results, strict=True)]
+        outs = [_several("cond", values) for values in zip(*results, strict=True)]
         return [DATA if operands[0] == DATA and out is not None else out for out in outs]
 
     def loop(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -328,7 +328,7 @@ class _Follow:
         for times in (0, "while"):
             with self.repeated(times):
                 outs = self.run(eqn.params["body_jaxpr"].jaxpr, [*body, *carry])
-            carry = [_joined(old, new) for old, new in zip(carry, outs, strict=True)]
+            carry = [_joined("while", old, new) for old, new in zip(carry, outs, strict=True)]
         return carry
 
 
@@ -390,20 +390,22 @@ def _views(value: Value) -> tuple[View, ...]:
     return value if isinstance(value, tuple) else ()
 
 
-def _several(values: Sequence[Value]) -> Value:
-    """What is known of a value that is one of these."""
+def _several(name: str, values: Sequence[Value]) -> Value:
+    """What is known of a value that is one of these, by the operation of that name."""
     first, *rest = values
     for value in rest:
-        first = _joined(first, value)
+        first = _joined(name, first, value)
     return first
 
 
-def _joined(old: Value, new: Value) -> Value:
+def _joined(name: str, old: Value, new: Value) -> Value:
     if DATA in (old, new):
         return DATA
+    if old == new:
+        return old
     if isinstance(old, tuple) and isinstance(new, tuple):
-        return (*old, *(view for view in new if view not in old))
-    return old if isinstance(old, tuple) else new if new is not None else old
+        return _changed(name, (*old, *(view for view in new if view not in old)))
+    return _changed(name, old if isinstance(old, tuple) else new if new is not None else old)
 
 
 def row_of(value: Value) -> Value:

@@ -52,7 +52,10 @@ _RAMANUJAN = "Ramanujan et al. 2020, released code and tutorial"
 _KOSTER = "as Koster et al. 2022 (Signed Supermasks) quote it"
 _ZHOU = "Zhou et al. 2019, as Koster et al. 2022 quote it"
 _TANAKA = "Tanaka et al. 2020 (SynFlow), stored results of the released code, mean of 3 seeds"
-_RIGL = "Evci et al. 2020 (RigL), the authors' table in the discussion of the released code"
+_RIGL = (
+    "Evci et al. 2020 (RigL), an author's table in issue 8 of the released code, which does not name the network; a "
+    "replication says WRN-22-2"
+)
 _WORTSMAN = "Wortsman et al. 2020 (SupSup), output of the released notebook, mean of 5 tasks"
 _CONVS = {"conv2": "Conv2", "conv4": "Conv4", "conv6": "Conv6", "conv8": "Conv8"}
 _CIFAR = {"dataset": "cifar10", "widen": 1.0}
@@ -79,7 +82,7 @@ def _edge_popup() -> tuple[Figure, ...]:
         of_model = {**_CIFAR, "model": model}
         for density in (0.1, 0.3, 0.5, 0.7):
             kept = {**of_model, "method": "edge-popup", "density": density}
-            read_off = tenth[model], 100, f"Ramanujan et al. 2020, figure 3, {_KOSTER}"
+            read_off = tenth[model], 100, f"Ramanujan et al. 2020, {_KOSTER}"
             known = read_off if density == 0.1 else (None, 100)
             found.append(Figure(f"{name}, edge-popup, {100 * density:g} % kept", kept, *known))
         baseline = (dense[model], None, "Koster et al. 2022, their own dense training")
@@ -157,7 +160,7 @@ def _before_training() -> tuple[Figure, ...]:
         Figure(
             f"{names[model]}, {method}, {100 * density:.3g} % kept",
             {**_CIFAR, "model": model, "method": method, "density": density, **ranked},
-            *(percent / 100, 160, _TANAKA),
+            *(percent / 100, None, _TANAKA),
         )
         for model, methods in _SYNFLOW.items()
         for method, percents in methods.items()
@@ -211,21 +214,22 @@ EXPERIMENTS = (
     Experiment(
         "edge-popup",
         "Edge-popup (Ramanujan et al. 2020)",
-        "The weights are random and never trained. Accuracy at 10 % was read off the paper's figure by the quoted "
-        "authors; at other densities the paper has curves only.",
+        "The weights are random and never trained. The paper has curves only; accuracy at 10 % is what the quoted "
+        "authors give for it.",
         _edge_popup(),
     ),
     Experiment(
         "bernoulli",
         "Bernoulli supermasks (Zhou et al. 2019)",
-        "The best of the published cells. Accuracy is the mean over drawn masks.",
+        "The published figures are the best of several variants; the source does not say of which. Ours rescale the "
+        "masks, on signed weights. Accuracy is the mean over drawn masks.",
         _bernoulli(),
     ),
     Experiment(
         "tickets",
         "Lottery tickets (Frankle & Carbin 2019; Frankle et al. 2020)",
-        "The papers have curves, and claim that a ticket of 21 % learns faster than the full network and at least as "
-        "well, where the same masks on other weights do not. Accuracy is at early stopping.",
+        "The papers have curves. The first claims that tickets of more than 10 to 20 % of the weights learn faster "
+        "than the full network, and reach a higher accuracy. Accuracy is at early stopping.",
         _tickets(),
     ),
     Experiment(

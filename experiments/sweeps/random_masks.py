@@ -6,7 +6,7 @@ from typing import Any
 from experiments.config.sized import Size
 from experiments.sweeps.cells import Cell, cell
 
-# Liu et al. 2022, appendix: ResNets on CIFAR-10, dense and sparse; the rate drops after 80 and 120 of 160 epochs.
+# Liu et al. 2022: ResNets on CIFAR-10, dense and sparse; the rate drops after 80 and 120 of 160 epochs.
 PUBLISHED = {"schedule": "steps", "drop_at": (0.5, 0.75), "weight_decay": 5e-4}
 
 

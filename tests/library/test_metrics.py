@@ -378,6 +378,19 @@ def test_stacked_layers_under_scan_are_each_used_once():
     assert metrics.flops(apply_fn, weights, masks, (4,)) == 2 * (4 + 0 + 16)
 
 
+def either_way(params, x):
+    kernel = params["kernel"]
+    return x @ jax.lax.cond(params["other"][0, 0] > 0, lambda: kernel, lambda: kernel.T)
+
+
+def turned(params, x):
+    def one(carry, _):
+        kernel, x = carry
+        return (kernel.T, x @ kernel), None
+
+    return jax.lax.scan(one, (params["kernel"], x), None, length=3)[0][1]
+
+
 def by_group(params, x):
     sizes = jnp.array([1, 0], jnp.int32)
     return jax.lax.ragged_dot(x, params["kernel"].reshape(2, 4, 2), sizes) @ params["other"][:2]
@@ -403,13 +416,16 @@ def in_while(params, x):
         (lambda params, x: x @ params["kernel"][:, :2], "'kernel' goes through 'slice' before"),
         (lambda params, x: x @ jnp.concatenate([params["kernel"], params["other"]], 1), "goes through 'concatenate'"),
         (lambda params, x: x @ (params["kernel"] * params["other"]), "goes through 'mul' before"),
+        (lambda params, x: x @ (params["kernel"] * params["kernel"].T), "goes through 'mul' before"),
+        (either_way, "'kernel' goes through 'cond' before"),
+        (turned, "'kernel' goes through 'scan' before"),
         (by_group, "multiplied with data inside 'ragged_dot"),
         (in_cond, "'kernel' is multiplied with data inside 'cond'"),
         (in_while, "'kernel' is multiplied with data inside 'while'"),
     ],
     ids=(
         *("unused", "closed_over", "elementwise", "with_constants", "shifted", "merged", "sliced", "beside", "both"),
-        *("groups", "cond", "while"),
+        *("transposed_too", "either_way", "turned", "groups", "cond", "while"),
     ),
 )
 def test_a_masked_kernel_whose_products_cannot_be_counted_is_named(apply_fn, message):
