@@ -94,7 +94,8 @@ def read(root: Path, of: Official = CIFAR_10) -> tuple[Splits, str]:
             return found
     if prepared := tfds.read_prepared(of.name, root):
         splits, source = prepared
-        _require_official_sizes(splits, source, of)
+        sizes = RECORDS * sum(of.sizes[:-1]), RECORDS * of.sizes[-1]
+        tfds.require_official(splits, source, of.title, sizes, of.classes)
         _require_balance(splits, source, of, ["the training images", "the test images"])
         return splits, source
     raise DataError(
@@ -145,17 +146,6 @@ def _require_balance(splits: Splits, source: str, of: Official, names: list[str]
             raise DataError(
                 f"{name} ({source}) hold {shown} images of the classes 0 to {of.classes - 1}, where the official files "
                 f"hold as many of each: some are damaged, are there twice or changed places; fetch them again"
-            )
-
-
-def _require_official_sizes(splits: Splits, source: str, of: Official) -> None:
-    """Raises DataError unless there are as many images as in the official files, of their shape and classes."""
-    for images, labels, size in zip(splits[::2], splits[1::2], (sum(of.sizes[:-1]), of.sizes[-1]), strict=True):
-        wanted = (size * RECORDS, 32, 32, 3)
-        if images.shape != wanted or labels.min() < 0 or labels.max() >= of.classes:
-            raise DataError(
-                f"{source} is not {of.title}: it holds images {list(images.shape)} with labels {labels.min()} to "
-                f"{labels.max()}, and needed are {list(wanted)} with 0 to {of.classes - 1}; prepare it again"
             )
 
 

@@ -4,6 +4,7 @@ Nothing is downloaded.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,9 @@ def svhn(root: Path) -> Dataset:
             return _dataset([array for split in splits for array in split], f"MATLAB files in {folder}")
         if len(missing) < len(FILES):
             raise DataError(f"{folder} has files of SVHN but lacks {', '.join(missing)}: put it there too")
-    if prepared := tfds.read_prepared("svhn_cropped", root):
-        return _prepared(*prepared)
+    if prepared := tfds.read_prepared("svhn_cropped", root):  # the label of the digit 0 is 0 there
+        tfds.require_official(*prepared, "SVHN", SIZES, 10)
+        return _dataset(*prepared)
     raise DataError(
         f"svhn is not in {root}, and is never downloaded. There are three ways out: put {' and '.join(FILES)} of "
         f"http://ufldl.stanford.edu/housenumbers in {root / 'svhn'}; or name the directory that has them with "
@@ -41,7 +43,7 @@ def svhn(root: Path) -> Dataset:
     )
 
 
-def _dataset(arrays: list[np.ndarray], source: str) -> Dataset:
+def _dataset(arrays: Sequence[np.ndarray], source: str) -> Dataset:
     return arrays_dataset("svhn", arrays, source)
 
 
@@ -71,14 +73,3 @@ def _read_file(path: Path, records: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _is(value: object, dtype: str, axes: int) -> bool:
     return isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == axes
-
-
-def _prepared(arrays: tuple[np.ndarray, ...], source: str) -> Dataset:
-    """The set that tensorflow-datasets prepared, where the label of the digit 0 is 0 already."""
-    for images, labels, size in zip(arrays[::2], arrays[1::2], SIZES, strict=True):
-        if images.shape != (size, 32, 32, 3) or labels.min() < 0 or labels.max() > 9:
-            raise DataError(
-                f"{source} is not SVHN: it holds images {list(images.shape)} with labels {labels.min()} to "
-                f"{labels.max()}, and needed are {[size, 32, 32, 3]} with 0 to 9; prepare it again"
-            )
-    return _dataset(list(arrays), source)

@@ -98,6 +98,26 @@ def read_prepared(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str] |
     return arrays, _source(name, prepared)
 
 
+def require_official(
+    splits: tuple[np.ndarray, ...], source: str, title: str, sizes: tuple[int, int], classes: int
+) -> None:
+    """Raises DataError unless a prepared set has the official images: so many of 32 x 32 in colour, of these classes.
+
+    Args:
+      splits, source: what `read_prepared` returned.
+      title: of the set, for the message.
+      sizes: how many training and test images there are.
+      classes: how many classes.
+    """
+    for images, labels, size in zip(splits[::2], splits[1::2], sizes, strict=True):
+        wanted = (size, 32, 32, 3)
+        if images.shape != wanted or labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"{source} is not {title}: it holds images {list(images.shape)} with labels {labels.min()} to "
+                f"{labels.max()}, and needed are {list(wanted)} with 0 to {classes - 1}; prepare it again"
+            )
+
+
 def _source(name: str, prepared: Path) -> str:
     return f"tensorflow-datasets {name} {prepared.name} in {prepared}"
 
