@@ -79,8 +79,8 @@ def train(name: str, method: str, density: float, dataset: Dataset, epochs: int)
     """
     k_weights, k_scores, k_train, k_order = jax.random.split(jax.random.key(0), 4)
     scores_learn = method == "edge-popup"
-    init = Init("signed-constant", scale_weights=True) if scores_learn else Init("kaiming-normal")
-    net = network(Model(name), init, dataset.classes, dataset.image_shape, density)
+    init = Init("signed-constant" if scores_learn else "kaiming-normal")
+    net = network(Model(name), init, dataset.classes, dataset.image_shape, density if scores_learn else None)
     weights, _ = net.init(k_weights)
     orders = [epoch_order(k_order, epoch, len(dataset.train), BATCH_SIZE) for epoch in range(epochs)]
     steps = sum(len(indices) for indices, _ in orders)

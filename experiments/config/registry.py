@@ -83,7 +83,7 @@ SALIENCIES: Mapping[str, SaliencyEntry] = {
     "synflow": SaliencyEntry("supermask_jax.saliency:synflow", takes="shape", rounds=100),
 }
 
-_FIXED = ("distribution", "scale_weights")
+_FIXED = ("distribution", "scale_weights", "scale_layers")
 METHODS: Mapping[str, MethodEntry] = {
     "edge-popup": MethodEntry(
         "experiments.training.methods:edge_popup", (*_FIXED, "unit"), learns="scores", layerwise=True

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from experiments.config.registry import METHODS
+from experiments.config.registry import DISTRIBUTIONS, METHODS
 from experiments.config.sections import (
     MAX_EPOCHS,
     Augment,
@@ -68,6 +68,11 @@ class Run:
             raise UserError(f"--batch-size {batch} does not divide over --devices {devices}.")
         if self.init.scale_weights and METHODS[method].free_density:
             raise UserError(f"--scale-weights scales by --density, and {METHODS[method].free_density}.")
+        if self.init.scale_layers and not DISTRIBUTIONS[self.masks.distribution].target:
+            ways = ", ".join(name for name, entry in DISTRIBUTIONS.items() if entry.target)
+            raise UserError(
+                f"--scale-layers needs layer densities that are known before the weights: --distribution {ways}."
+            )
 
 
 def named(config: Run, dataset: str) -> Run:

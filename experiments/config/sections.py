@@ -101,9 +101,13 @@ class Init:
     """What the weights are drawn from; signed-deviation: the signs of a glorot-normal draw times its deviation."""
     scale_weights: bool = False
     """Scale the weights by sqrt(1 / --density), as in the paper; also where layers keep other fractions."""
+    scale_layers: bool = False
+    """Scale the weights of each layer by sqrt(1 / its own density), which --distribution gives it."""
 
     def check(self) -> None:
-        """Every choice is valid."""
+        """Raises UserError on settings that exclude each other."""
+        if self.scale_weights and self.scale_layers:
+            raise UserError("--scale-weights and --scale-layers exclude each other: leave one of them out.")
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,8 @@ class Lottery:
                 "--kept finetune does not rewind, so that there is no --sweep rewind of it.",
             ),
             (
-                self.init.scale_weights,
-                "--scale-weights scales by one --density, and tickets have another in every round.",
+                self.init.scale_weights or self.init.scale_layers,
+                "--scale-weights and --scale-layers scale by one --density, and tickets have another in every round.",
             ),
             (tickets.transfer_to and self.sweep != "none", "--transfer-to does not go with --sweep."),
             (

@@ -119,17 +119,26 @@ def layer_densities(setup: Setup) -> float | dict[str, float | Fraction]:
     Raises:
       Infeasible: no layer densities meet both.
     """
-    name, density = setup.masks.distribution, setup.masks.density
-    if name == "uniform":
-        return density
-    entry = DISTRIBUTIONS[name]
-    if not entry.target:
+    name = setup.masks.distribution
+    if not DISTRIBUTIONS[name].target:
         # The ratios of a saliency, as fractions: a float may round to one weight more.
         ranked = _ranked_together(name, setup)
         return {path: Fraction(ones, size) for path, (ones, size) in ones_and_sizes(ranked).items()}
+    return distributed(setup.masks, setup.network, prunable(setup.weights))
+
+
+def distributed(masks: Masks, network: Network, shapes: dict[str, tuple[int, ...]]) -> float | dict[str, float]:
+    """The fraction of each layer that a distribution keeps which looks at shapes only: no ranking by a saliency.
+
+    Raises:
+      Infeasible: no layer densities meet both the density and the distribution.
+    """
+    name, density = masks.distribution, masks.density
+    if name == "uniform":
+        return density
+    entry = DISTRIBUTIONS[name]
     try:
-        ends = {end: getattr(setup.network, end) for end in entry.takes}
-        return entry.resolve()(prunable(setup.weights), density, **ends)
+        return entry.resolve()(shapes, density, **{end: getattr(network, end) for end in entry.takes})
     except ValueError as error:
         raise Infeasible(f"--distribution {name} --density {density}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from experiments.config.registry import INITIALIZERS, MODELS
 from experiments.config.sections import Init, Model
 from experiments.run.errors import UserError, brief
 from supermask_jax import initializers
-from supermask_jax.trees import Tree, by_path, map_with_name
+from supermask_jax.initializers import Density
+from supermask_jax.trees import Tree, by_path, map_with_name, prunable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Network:
     def has_state(self) -> bool:
         """Whether it carries batch statistics or the like beside its parameters."""
         return self._shapes()[1] is not None
+
+    @property
+    def prunable(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of its kernels."""
+        return prunable(self._shapes()[0])
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """(params, model_state): kernels drawn by `draw`, all other leaves as the module says.
@@ -112,7 +119,7 @@ def network(
     init: Init,
     classes: int,
     image_shape: tuple[int, int, int],
-    density: float | None = None,
+    density: Density = None,
 ) -> Network:
     """The network that the settings name.
 
@@ -121,20 +128,15 @@ def network(
       init: what its kernels are drawn from.
       classes: of the last layer.
       image_shape: (h, w, c).
-      density: what `init.scale_weights` scales by.
+      density: the fraction that is kept, or that of each layer, by which the weights are scaled; None for no scaling.
 
     Raises:
       UserError: the network does not take images of this shape.
     """
     entry, drawn_from = MODELS[model.model], INITIALIZERS[init.init]
     module, first, last = entry.resolve()(classes, **{name: getattr(model, name) for name in entry.reads})
-    scale = density if init.scale_weights else None
-    draw = drawn_from.resolve()
-
-    def scaled(key: jax.Array, weights: Tree) -> Tree:
-        return draw(key, weights, density=scale)
-
-    made = Network(module, first, last, tuple(image_shape), scaled, drawn_from.on_host)
+    draw = partial(drawn_from.resolve(), density=density)
+    made = Network(module, first, last, tuple(image_shape), draw, drawn_from.on_host)
     try:
         made.has_state  # noqa: B018 - traces the module on one image
     except (ArithmeticError, ValueError, TypeError, FlaxError) as error:

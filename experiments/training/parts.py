@@ -17,10 +17,11 @@ from experiments.training import stepper
 from experiments.training.evaluation import Evaluator, Split, make_flow
 from experiments.training.loop import Batch
 from experiments.training.loss import make_loss
-from experiments.training.methods import Setup
+from experiments.training.methods import Setup, distributed
 from experiments.training.network import Network, network
 from experiments.training.optimizer import make_optimizer, make_schedule
 from supermask_jax import parallel
+from supermask_jax.initializers import Density
 from supermask_jax.methods import Method
 from supermask_jax.trees import Tree, leaf_key
 
@@ -51,7 +52,16 @@ class Parts:
     @cached_property
     def network(self) -> Network:
         config, dataset = self.config, self.dataset
-        return network(config.model, config.init, dataset.classes, dataset.image_shape, config.masks.density)
+        return network(config.model, config.init, dataset.classes, dataset.image_shape, self.scale)
+
+    @cached_property
+    def scale(self) -> Density:
+        """The density, or that of each layer, by which the weights are scaled; None for no scaling."""
+        config, dataset = self.config, self.dataset
+        if config.init.scale_layers:
+            bare = network(config.model, config.init, dataset.classes, dataset.image_shape)
+            return distributed(config.masks, bare, bare.prunable)
+        return config.masks.density if config.init.scale_weights else None
 
     @cached_property
     def initial(self) -> tuple[Tree, Tree]:

@@ -36,8 +36,7 @@ def save(parts: Parts, folder: Path, subnet: sm.Subnet, model_state: Tree, figur
     config, dataset, method = parts.config, parts.dataset, parts.method
     origin: artifact.Origin = artifact.Stored()
     if method.learns == "scores":
-        scale = config.masks.density if config.init.scale_weights else None
-        origin = artifact.Drawn(config.init.init.replace("-", "_"), config.seed, "weights", density=scale)
+        origin = artifact.Drawn(config.init.init.replace("-", "_"), config.seed, "weights", density=parts.scale)
     about = describe(config.model, dataset) | {
         "method": config.masks.method,
         "density": config.masks.density,

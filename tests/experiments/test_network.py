@@ -220,10 +220,7 @@ def test_weights_are_a_function_of_the_key(init):
 
 
 def test_scaled_weights_are_larger_by_the_square_root_of_the_density():
-    plain, scaled = (
-        network(Model(model="mlp", width=6), Init(scale_weights=scale), CLASSES, SHAPE, density=0.3)
-        for scale in (False, True)
-    )
+    plain, scaled = (network(Model(model="mlp", width=6), Init(), CLASSES, SHAPE, density) for density in (None, 0.3))
     (a, _), (b, _) = plain.init(KEY), scaled.init(KEY)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x * (1 / 0.3) ** 0.5, rtol=1e-6), a, b)
 

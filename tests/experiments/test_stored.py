@@ -85,6 +85,18 @@ def test_frozen_weights_are_a_seed_whatever_they_are_drawn_from(init, tmp_path, 
     assert evaluate(tmp_path / artifact.FILE)["test_loss"] == summary["test_loss"]
 
 
+def test_each_layer_is_scaled_by_its_own_density(tmp_path, opened):
+    options = {"density": 0.3, "distribution": "erk", "epochs": 1}
+    for name in ("plain", "scaled"):
+        summary = fit(tmp_path / name, "edge-popup", scale_layers=name == "scaled", **options)
+    (plain, *_), (scaled, *_) = (sm.load_subnetwork(tmp_path / name / artifact.FILE) for name in ("plain", "scaled"))
+    wanted = sm.densities.erk({path: leaf.shape for path, leaf in by_path(plain).items()}, 0.3)
+    assert len(set(wanted.values())) == 2
+    for path, leaf in by_path(scaled).items():
+        np.testing.assert_allclose(leaf, np.asarray(by_path(plain)[path]) * wanted[path] ** -0.5, rtol=1e-6)
+    assert evaluate(tmp_path / "scaled" / artifact.FILE)["test_loss"] == summary["test_loss"]
+
+
 @pytest.mark.slow
 def test_rescaled_masks_come_back(tmp_path, opened):
     summary = fit(tmp_path, "bernoulli", rescale=True)
