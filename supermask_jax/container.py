@@ -19,6 +19,7 @@ import safetensors.numpy
 FORMAT, VERSION, HEADER = "supermask", "1", "header"
 METADATA = (("format", FORMAT), ("version", VERSION))
 LARGEST_HEADER = 2**22  # bytes of text; parsed, JSON can take some 25 times as much
+DEEPEST = 100  # levels of lists and objects in the header
 DTYPES = {  # by their name in the file
     "F64": "float64",
     "F32": "float32",
@@ -45,8 +46,8 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
       header: what JSON can hold.
 
     Raises:
-      ValueError: the header holds what JSON cannot, or more than `LARGEST_HEADER`; an array has a dtype that is not in
-        `DTYPES`.
+      ValueError: the header holds what JSON cannot, or more than `LARGEST_HEADER`, or is nested deeper than `DEEPEST`;
+        an array has a dtype that is not in `DTYPES`.
       OSError: the file cannot be written; an older one is then unchanged.
     """
     for name, array in arrays.items():
@@ -141,7 +142,18 @@ def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
 
 
 def _parsed(text: bytes) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    level, depth = [parsed], 0  # Pythons differ in how deep they go, so the format has a bound of its own
+    while level := [
+        inside
+        for value in level
+        if isinstance(value, dict | list)
+        for inside in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    return parsed
 
 
 def _inflated(packed: np.ndarray) -> bytes:

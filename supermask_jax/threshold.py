@@ -6,7 +6,10 @@ scores that are sharded over devices stay so, and the result does not depend on 
 
 Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts, which is
 fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of passes is bounded for
-any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, a
+any scores. Probes only guide the search; the exact count ends it. On a CPU a pass leaves out the groups that are closed. On one device, small layers of one shape are ranked as a stack, so
+that the program grows with the number of shapes, not of layers.
+
+Where equal scores lie on both sides of the cut, a
 second search of the same kind runs over their flat indices.
 """
 
@@ -22,6 +25,7 @@ from jax import lax
 INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
 EXACT_IN_FLOAT32 = 2**24
 SAMPLE = 2**9  # keys per group that guide the search
+SMALL = 2**16  # keys of a layer that costs less by itself than the program that ranks it
 
 
 def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
@@ -55,11 +59,33 @@ def highest(
     stacks[i]: how many leading axes of keys[i] count layers, each of which is ranked by itself; such an array is alone
     in its group, and counts[g] is one number for all of them, or an array of those axes.
     """
-    whole = [
-        (key, g, key.shape[:leading])
-        for key, g, leading in zip(keys, groups, stacks or (0,) * len(keys), strict=True)
-        if key.size
-    ]
+    stacks = stacks or (0,) * len(keys)
+    if jax.device_count() > 1:  # arrays of one shape may lie on a mesh in different ways
+        return _ranked(keys, counts, groups, stacks)
+    # Small arrays of one shape, each ranked by itself, become a stack: the program grows with the number of shapes.
+    like: dict[Any, list[int]] = {}
+    for at, (key, group, leading) in enumerate(zip(keys, groups, stacks, strict=True)):
+        alone = 0 < key.size <= SMALL and not leading and groups.count(group) == 1
+        like.setdefault(key.shape if alone else at, []).append(at)
+    single = [same[0] for same in like.values() if len(same) == 1]
+    several = [same for same in like.values() if len(same) > 1]
+    masks = _ranked(
+        [*(keys[at] for at in single), *(jnp.stack([keys[at] for at in same]) for same in several)],
+        [*counts, *(jnp.stack([jnp.int32(counts[groups[at]]) for at in same]) for same in several)],
+        (*(groups[at] for at in single), *range(len(counts), len(counts) + len(several))),
+        (*(stacks[at] for at in single), *(1 for _ in several)),
+    )
+    of = dict(zip(single, masks, strict=False))
+    for same, mask in zip(several, masks[len(single) :], strict=True):
+        of |= {at: mask[row] for row, at in enumerate(same)}
+    return [of[at] for at in range(len(keys))]
+
+
+def _ranked(
+    keys: list[jax.Array], counts: list[Any], groups: tuple[int, ...], stacks: tuple[int, ...]
+) -> list[jax.Array]:
+    """The masks of `highest`, every array by itself."""
+    whole = [(key, g, key.shape[:leading]) for key, g, leading in zip(keys, groups, stacks, strict=True) if key.size]
     if not whole:
         return [jnp.zeros(key.shape, bool) for key in keys]
     arrays = [key for key, _, _ in whole]
@@ -124,6 +150,8 @@ def _search(
     """
     sizes = jnp.array(_sizes(keys, places), jnp.int32)
     sample = _sample(keys, places, wanted)
+    # A CPU passes over open groups only. On a mesh all counts are one exchange, and a GPU waits for every condition.
+    skips = jax.default_backend() == "cpu" and jax.device_count() == 1
 
     def is_open(b):
         return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
@@ -132,8 +160,10 @@ def _search(
         probe = _probe(b, wanted, sample)
         counts: dict[int, Any] = {}
         for key, place in zip(keys, places, strict=True):
-            number = _count(key, place.of(probe, key.ndim), len(place.stack)).ravel()
-            counts[place.first] = counts.get(place.first, 0) + number
+            count = partial(_count, key, place.of(probe, key.ndim), len(place.stack))
+            none = partial(jnp.zeros, place.stack, jnp.int32)
+            number = lax.cond(jnp.any(place.of(is_open(b), key.ndim)), count, none) if skips else count()
+            counts[place.first] = counts.get(place.first, 0) + number.ravel()
         at = jnp.concatenate([counts[first] for first in sorted(counts)])
         up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)

@@ -306,8 +306,10 @@ class _Follow:
         return _changed("gather", tuple(made)) or DATA
 
     def scan(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
-        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        jaxpr = eqn.params["jaxpr"].jaxpr
+        jaxpr = _open(eqn.params["jaxpr"])
+        # What is scanned over has one axis more outside than inside; jax versions count the others in different ways.
+        carries = _of_one_shape(eqn.outvars, jaxpr.outvars)
+        constants = _of_one_shape(eqn.invars, jaxpr.invars) - carries
         rows = [row_of(operand) for operand in operands[constants + carries :]]
         carry = operands[constants : constants + carries]
         for times in (0, eqn.params["length"]):  # from the second round on, what the first one made
@@ -318,7 +320,7 @@ class _Follow:
 
     def branches(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
         with self.repeated("cond"):
-            results = [self.run(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
+            results = [self.run(_open(branch), operands[1:]) for branch in eqn.params["branches"]]
         outs = [_several("cond", values) for values in zip(*results, strict=True)]
         return [DATA if operands[0] == DATA and out is not None else out for out in outs]
 
@@ -327,9 +329,18 @@ class _Follow:
         body, carry = operands[before : before + constants], operands[before + constants :]
         for times in (0, "while"):
             with self.repeated(times):
-                outs = self.run(eqn.params["body_jaxpr"].jaxpr, [*body, *carry])
+                outs = self.run(_open(eqn.params["body_jaxpr"]), [*body, *carry])
             carry = [_joined("while", old, new) for old, new in zip(carry, outs, strict=True)]
         return carry
+
+
+def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+
+
+def _of_one_shape(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many variables of a loop have the shape that they have in its body."""
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
 
 
 def _product(view: View, roles: Sequence[str], groups: int = 1, spacing: int = 1) -> Use:

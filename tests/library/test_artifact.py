@@ -409,6 +409,7 @@ def test_what_cannot_be_saved_is_refused_by_name_and_leaves_no_file(file):
         {"x": {None: 1, "null": 2}},
         {(1, 2): 3},
         {"x": list(itertools.accumulate(range(3000), lambda inside, _: [inside], initial=[]))[-1]},
+        {"x": list(itertools.accumulate(range(container.DEEPEST), lambda inside, _: [inside], initial=[1]))[-1]},
         {"x": "a" * 2**22},
     ),
 )

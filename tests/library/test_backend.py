@@ -51,7 +51,9 @@ def test_the_function_is_compiled_with_the_options_of_the_backend(monkeypatch):
     seen, plain = [], jax.jit
     monkeypatch.setattr(jax, "jit", lambda f, **settings: (seen.append(settings), plain(f, **settings))[1])
     assert sm.jit(lambda x: x + 1)(jnp.float32(1)) == 2
-    assert seen[-1]["compiler_options"] == backend.OPTIONS[jax.default_backend()]
+    options = backend.OPTIONS[jax.default_backend()].items()
+    known = {name: value for name, value in options if backend._is_known(name, value)}  # jax versions differ in these
+    assert len(known) >= 2 and seen[-1]["compiler_options"] == known
 
 
 def test_a_compiler_that_does_not_know_an_option_compiles_without_it(monkeypatch):
@@ -72,8 +74,8 @@ def test_options_are_looked_up_once_in_a_process(monkeypatch):
 
 
 def test_an_option_of_a_wrong_value_is_an_error():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="not a valid bool"):
-        backend._is_known("xla_cpu_use_fusion_emitters", "perhaps")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not a valid"):
+        backend._is_known("xla_backend_optimization_level", "perhaps")
 
 
 def test_a_backend_without_options_is_plain_jit(monkeypatch):

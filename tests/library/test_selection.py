@@ -90,6 +90,22 @@ def test_layers_searched_together_get_the_masks_they_get_alone(turn):
     chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, counts))
 
 
+def test_many_layers_of_one_shape_get_the_masks_they_get_alone():
+    kinds = list(DISTRIBUTIONS)
+    scores = {f"{shape}{i}": draw(kind, shape, seed=i) for i, kind in enumerate(kinds) for shape in ((13, 11), (7,))}
+    counts = {name: sm.keep_count(DENSITIES[i % 5], scores[name].size) for i, name in enumerate(scores)}
+    chex.assert_trees_all_equal(keep_highest(scores, traced(counts)), oracles.highest_in_each(scores, counts))
+
+
+def test_the_program_does_not_grow_with_the_number_of_small_layers_of_one_shape():
+    def searches(layers):
+        scores = {str(i): jnp.ones((13, 11)) for i in range(layers)}
+        program = str(jax.make_jaxpr(lambda s: sm.layerwise_masks(s, 0.3))(scores))
+        return program.count("dot_general")  # which counts the keys of an array
+
+    assert 0 < searches(2) == searches(20)
+
+
 @pytest.mark.parametrize("distribution", ("normal", "heavy_ties", "all_equal", "zeros_of_both_signs"))
 def test_within_masks_only_what_they_keep_is_chosen_from(distribution):
     shapes = {"a": (13, 11), "b": (3, 3, 2, 5), "c": (512, 200)}
