@@ -6,11 +6,11 @@ scores that are sharded over devices stay so, and the result does not depend on 
 
 Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts, which is
 fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of passes is bounded for
-any scores. Probes only guide the search; the exact count ends it. On a CPU a pass leaves out the groups that are closed. On one device, small layers of one shape are ranked as a stack, so
-that the program grows with the number of shapes, not of layers.
-
-Where equal scores lie on both sides of the cut, a
+any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, a
 second search of the same kind runs over their flat indices.
+
+On a single CPU, a pass leaves out the layers whose search has ended. On one device, small layers of one shape are
+ranked as a stack, so that the program grows with the number of shapes, not of layers.
 """
 
 import math
