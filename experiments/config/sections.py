@@ -234,6 +234,8 @@ class Output:
     """Where the run leaves its files, and resumes from. [runs/<experiment>/<a name made from the settings>]"""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    restart: bool = False
+    """Begin anew: what an earlier run left in the work directory is moved to a folder in it."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""

@@ -59,6 +59,8 @@ class ManyTasks:
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
     workdir: str | None = None
     """Where the run leaves its files, and resumes from. [runs/many_tasks/<a name made from the settings>]"""
+    restart: bool = False
+    """Begin anew: what an earlier run left in the work directory is moved to a folder in it."""
     optim: Optim = Optim(optimizer="adam", learning_rate=1e-3, batch_size=32)
     data: Data = Data()
 

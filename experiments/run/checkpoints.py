@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from experiments.run import processes
-from experiments.run.errors import UserError
+from experiments.run import processes, schemas
+from experiments.run.errors import UserError, ways_out
 from experiments.run.files import read_json, write_json
 
 KEPT = 2
 CHECKSUMS = "checksums.json"  # inside each checkpoint
-SAVED = "saved"  # beside the checkpoints, once there has been one
+SAVED = "saved"  # among the checkpoints, once there has been one
 MOST = 16  # that are looked at, the latest
 DAMAGED = ".damaged"  # after the names of those that were found so
 UNFINISHED = ".tmp"  # in the names of checkpoints that are being written or removed
@@ -34,16 +34,39 @@ class Checkpoints:
 
     Each holds the checksums of its files, because the reader does not notice bytes that changed inside an array. Where
     several processes train together, all must call, and the first one does what is done once.
+
+    A mark in the directory, and one beside it, which stays if it is emptied, say that there has been one.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      UserError: the directory cannot be made.
     """
 
     def __init__(self, path: Path):
         self._path = path.absolute()
+        self._marks = self._path.with_name(f".saved-{path.name}"), self._path / SAVED
         if processes.is_first():
-            path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(f"*{UNFINISHED}*"):  # by a process that was killed
-                if left.name.split(".")[0].isdigit() and left.is_dir():
-                    shutil.rmtree(left)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                for left in path.glob(f"*{UNFINISHED}*"):  # by a process that was killed
+                    if left.name.split(".")[0].isdigit() and left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left)
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot hold checkpoints ({error.strerror}). " + ways_out("Move it away")
+                ) from error
         processes.meet()
+
+    def discard(self) -> None:
+        """Removes the checkpoints of a run that needs none any more."""
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._marks[0].unlink(missing_ok=True)
+
+    @property
+    def _was_saved(self) -> bool:
+        return any(map(os.path.lexists, self._marks))
 
     def save(self, step: int, tree: Any) -> None:
         """Saves a pytree of arrays; returns when it is on disk. (A background save would read donated buffers.)
@@ -58,7 +81,8 @@ class Checkpoints:
             if processes.is_first():
                 write_json(unfinished / CHECKSUMS, _checksums(unfinished))
                 unfinished.rename(folder)
-                (self._path / SAVED).touch()
+                for mark in self._marks:
+                    mark.touch()
                 for old in self._steps()[KEPT:]:
                     self._remove(old)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk makes orbax raise any of these
@@ -79,7 +103,7 @@ class Checkpoints:
         seen = np.array([*self._steps(), *[-1] * MOST])[:MOST]
         steps, damaged = [int(step) for step in processes.of_first(seen) if step >= 0], {}
         for step in steps:
-            fault = _fault(self._path / str(step)) if processes.is_first() else None
+            fault = _fault(self._path / str(step), self._was_saved) if processes.is_first() else None
             if not processes.any_of(fault is not None):
                 for later, what in damaged.items() if processes.is_first() else ():
                     warnings.warn(f"{what}: it is renamed, and the run resumes from step {step}", stacklevel=2)
@@ -90,10 +114,10 @@ class Checkpoints:
             warnings.warn(what, stacklevel=2)
         if steps:
             raise UserError(
-                f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). Put whole ones back, "
-                "or begin a new run in another --workdir."
+                f"no checkpoint in {self._path} can be read (steps {', '.join(map(str, steps))}). "
+                + ways_out("Put whole ones back")
             )
-        if processes.any_of((self._path / SAVED).exists()):
+        if processes.any_of(self._was_saved):
             raise UserError(gone(self._path))
         return None
 
@@ -101,7 +125,8 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         tree, failed = None, None
         try:
-            tree = ocp.load(self._path / str(step), abstract)
+            with _unlogged():
+                tree = ocp.load(self._path / str(step), abstract)
         except Exception as error:  # whatever the reader raises
             failed = error
         if processes.any_of(failed is not None):  # or the others would continue, and wait for this process forever
@@ -114,12 +139,15 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """The steps of the checkpoints, latest first."""
-        return sorted((int(folder.name) for folder in self._path.iterdir() if folder.name.isdigit()), reverse=True)
+        names = (entry.name for entry in self._path.iterdir())
+        return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)), reverse=True)
 
     def _put_aside(self, step: int) -> None:
         """Renames a damaged checkpoint: the run will save at that step again."""
         aside = self._path / f"{step}{DAMAGED}"
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        if aside.is_symlink() or aside.is_file():  # of an earlier time
+            aside.unlink()
+        shutil.rmtree(aside, ignore_errors=True)
         (self._path / str(step)).rename(aside)
 
     def _remove(self, step: int) -> None:
@@ -137,10 +165,7 @@ def _reason(error: Exception) -> str:
 
 
 def gone(path: Path) -> str:
-    return (
-        f"this run has saved checkpoints in {path}, and there are none now. Put them back, or begin a new run in "
-        "another --workdir."
-    )
+    return f"this run has saved checkpoints in {path}, and there are none now. {ways_out('Put them back')}"
 
 
 @contextlib.contextmanager
@@ -171,16 +196,22 @@ def _checksums(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that is not as it was written. None if it is whole."""
-    if not (folder / CHECKSUMS).exists():
-        # Without any is a run that began before there were checksums.
-        return f"{CHECKSUMS} is missing" if (folder.parent / SAVED).exists() else None
+def _fault(folder: Path, with_checksums: bool) -> str | None:
+    """What is wrong with a checkpoint: a file that is not as it was written. None if it is whole.
+
+    with_checksums: False of a run that began before there were checksums.
+    """
+    if not folder.is_dir():
+        return "it is no folder"
+    if not os.path.lexists(folder / CHECKSUMS):
+        return f"{CHECKSUMS} is missing" if with_checksums else None
     try:
-        now, written = _checksums(folder), read_json(folder / CHECKSUMS)
+        now, written = _checksums(folder), read_json(folder / CHECKSUMS, schemas.Checksums)
     except (OSError, UserError) as error:
         return str(error)
-    for name, digest in written.items():
-        if now.get(name) != digest:
+    for name in sorted({*now, *written}):
+        if name not in written:
+            return f"{name} is not among its checksums"
+        if now.get(name) != written[name]:
             return f"{name} is {'damaged' if name in now else 'missing'}"
     return None

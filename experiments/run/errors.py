@@ -14,6 +14,14 @@ def require(config, *rules: tuple[str, bool, str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(config, name)}.")
 
 
+def ways_out(first: str) -> str:
+    """What a user can do about a run's directory that is damaged: this, or what always works."""
+    return (
+        f"{first}, or begin anew: move the directory away, or give --restart (mnist, cifar, lottery, "
+        "many_tasks), which moves all that is in it to a folder of its own."
+    )
+
+
 class Infeasible(UserError):
     """Well-formed settings that no masks can meet together. A sweep leaves such a cell out."""
 

@@ -8,19 +8,53 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from experiments.run.errors import DataError, UserError
 
+MOVE_IT = "move it away, or name another --workdir."
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; UserError if it is damaged."""
+
+def read_json(file: Path, schema: Any = dict[str, Any], way_out: str = MOVE_IT) -> dict:
+    """The object in a JSON file.
+
+    Args:
+      file: it.
+      schema: what it must hold, as `schemas` has it.
+      way_out: what the user can do where it does not: the end of the error's sentence.
+
+    Raises:
+      UserError: the file is no file, or damaged, or holds something else.
+    """
     try:
-        value = json.loads(file.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:  # bad JSON, or bytes that are no text
-        raise UserError(f"{file} is damaged ({error}); move it away, or name another --workdir.") from error
+        return parsed(read_text(file), schema)
+    except ValueError as error:  # bad JSON, bytes that are no text, other values
+        raise UserError(f"{file} is damaged ({error}); {way_out}") from error
+
+
+def read_text(file: Path) -> str:
+    """The text of a regular file: a pipe would be waited for.
+
+    Raises:
+      ValueError: it is no regular file, or no text.
+    """
+    if not file.is_file():
+        raise ValueError("it is no regular file")
+    return file.read_text()
+
+
+def parsed(text: str, schema: Any) -> Any:
+    """The value in a JSON text.
+
+    Raises:
+      ValueError: it is no JSON, or does not hold what the schema says.
+    """
+    try:
+        value = json.loads(text)
+        msgspec.convert(value, schema)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     return value
 
 

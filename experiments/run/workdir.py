@@ -1,16 +1,18 @@
 """The directory of a run. Files are replaced whole or, like the metrics, only added to; a run can be resumed."""
 
-import contextlib
 import errno
+import itertools
 import json
 import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from experiments.run import schemas
 from experiments.run.checkpoints import Checkpoints, gone
-from experiments.run.errors import InUse, UserError
-from experiments.run.files import naming, read_json, write_json, write_text
+from experiments.run.errors import InUse, UserError, ways_out
+from experiments.run.files import naming, parsed, read_json, read_text, write_json, write_text
 from experiments.run.names import Settings, plain
 
 try:
@@ -19,9 +21,10 @@ except ImportError:  # not a Unix
     fcntl = None
 
 A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "tasks", "subnetwork.safetensors")
-SUMMARY_KEYS = {"method", "dataset", "test_accuracy", "test_loss", "density", "epochs", "steps", "layers", "seed"}
+A_RUNS_FILES += (".saved-checkpoints",)  # the mark of `Checkpoints`
 
 LOCK = ".lock"
+REPLACED = "replaced"  # the folders that --restart moves the files of earlier runs to: replaced-1, replaced-2, ...
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,7 +36,8 @@ class Workdir:
       path: the directory.
       settings: of the run.
       fingerprint: of the images and their order.
-      summary_keys: what a whole summary.json holds.
+      summary: the schema of its summary.json.
+      restart: whether to begin anew: what an earlier run left is moved to a folder in it.
       writes: whether this process writes; if not, another one does, and has made the directory.
     """
 
@@ -42,10 +46,11 @@ class Workdir:
         path: Path,
         settings: Settings,
         fingerprint: str,
-        summary_keys: set[str] = SUMMARY_KEYS,
+        summary: Any = schemas.RunSummary,
+        restart: bool = False,
         writes: bool = True,
     ):
-        self.path, self._summary_keys, self._writes = Path(path), summary_keys, writes
+        self.path, self._summary, self._writes = Path(path), summary, writes
         if not writes:
             if not (self.path / "config.json").is_file():
                 raise UserError(
@@ -59,13 +64,15 @@ class Workdir:
             self._lock = _lock(self.path)
             for left in [left for name in A_RUNS_FILES for left in self.path.glob(f".{name}.*")]:
                 left.unlink()  # half written by a process that was killed
-            found = [name for name in A_RUNS_FILES if (self.path / name).exists()]
+            if restart:
+                self._put_aside()
+            found = [name for name in A_RUNS_FILES if os.path.lexists(self.path / name)]
             if "config.json" in found and len(found) > 1:  # alone, it is of a run that did not begin
                 self._refuse_other_settings(settings, record)
             elif found and found != ["config.json"]:
                 raise UserError(
                     f"{self.path} holds {', '.join(found)} but not config.json, the settings of that run. "
-                    "Put it back, or name another --workdir."
+                    + ways_out("Put it back")
                 )
             else:
                 write_json(self.path / "config.json", record)
@@ -73,6 +80,17 @@ class Workdir:
             raise UserError(
                 f"cannot write to the work directory {self.path} ({error}); name another with --workdir"
             ) from error
+
+    def _put_aside(self) -> None:
+        """Moves all that earlier runs left into a folder of its own."""
+        left = [file for file in self.path.iterdir() if file.name != LOCK and not file.name.startswith(f"{REPLACED}-")]
+        if not left:
+            return
+        number = next(n for n in itertools.count(1) if not os.path.lexists(self.path / f"{REPLACED}-{n}"))
+        aside = self.path / f"{REPLACED}-{number}"
+        aside.mkdir()
+        for file in sorted(left, key=lambda file: file.name == "config.json"):  # the settings last
+            file.rename(aside / file.name)
 
     def _refuse_other_settings(self, settings: Settings, record: dict) -> None:
         old = self.config()
@@ -91,12 +109,9 @@ class Workdir:
     def summary(self) -> dict | None:
         """The summary of a finished run, or None."""
         file = self.path / "summary.json"
-        if not file.exists():
+        if not os.path.lexists(file):
             return None
-        summary = read_json(file)
-        if missing := self._summary_keys - set(summary):
-            raise UserError(f"{file} is damaged (no {', '.join(sorted(missing))}); move it away to have it made again.")
-        return summary
+        return read_json(file, self._summary, "move it away to have it made again.")
 
     def finish(self, summary: dict, draw: Callable[[], None]) -> None:
         """Draws the pictures and writes summary.json, the mark of a finished run.
@@ -123,15 +138,25 @@ class Workdir:
 
     def config(self) -> dict:
         """The settings that the run began with."""
-        return read_json(self.path / "config.json")
+        return read_json(self.path / "config.json", schemas.Settings, ways_out("put a whole copy back"))
 
     def records(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl, but for a last one that a killed run half wrote.
+
+        Raises:
+          UserError: a line is no record.
+        """
         file = self.path / "metrics.jsonl"
-        records = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a killed run may have half written its last line
-                records.append(json.loads(line))
+        if not os.path.lexists(file):
+            return []
+        where, records = "", []
+        try:
+            lines = read_text(file).split("\n")
+            for number, line in enumerate(lines[:-1], 1):  # the last is what follows the last end of a line
+                where = f"line {number}: "
+                records.append(parsed(line, schemas.Record))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({where}{error}); {ways_out('put a whole copy back')}") from error
         return records
 
     def cut_records(self, step: int, epochs: int) -> None:
@@ -144,7 +169,7 @@ class Workdir:
         if [record["epoch"] for record in kept] != list(range(epochs)):
             raise UserError(
                 f"{self.path / 'metrics.jsonl'} does not hold the epochs 0 to {epochs - 1} that the checkpoint at step "
-                f"{step} has behind it. Put the file back, or begin a new run in another --workdir."
+                f"{step} has behind it. " + ways_out("Put the file back")
             )
         if not self._writes:
             return
@@ -166,7 +191,7 @@ class Workdir:
         Raises:
           UserError: they were there, and are gone.
         """
-        if (self.path / "metrics.jsonl").exists() and not (self.path / "checkpoints").exists():
+        if os.path.lexists(self.path / "metrics.jsonl") and not os.path.lexists(self.path / "checkpoints"):
             raise UserError(gone(self.path / "checkpoints"))
         return Checkpoints(self.path / "checkpoints")
 

@@ -10,7 +10,9 @@ import numpy as np
 from experiments.config.run import Run as Settings
 from experiments.config.settings import neutral
 from experiments.plots.style import split_of
+from experiments.run import schemas
 from experiments.run.errors import UserError
+from experiments.run.files import parsed, read_text
 from experiments.run.names import CHANGE_NO_RESULT, FIRST_NAMES, NO_SETTINGS
 
 Run = tuple[dict, list[dict]]  # the contents of summary.json and of metrics.jsonl
@@ -31,13 +33,11 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 def _read_run(path: Path) -> Run:
     """One run; UserError if it is unfinished or damaged."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
-        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for key in ("dataset", "model", "method", "seed", "density", "config"):
-            summary[key]
+        summary = parsed(read_text(path / "summary.json"), schemas.Compared)
+        records = [parsed(line, schemas.Record) for line in read_text(path / "metrics.jsonl").splitlines()]
         if [record["epoch"] for record in records] != list(range(summary["epochs"] + 1)):
             raise ValueError(f"metrics.jsonl does not hold the epochs 0 to {summary['epochs']} in order")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} does not hold a finished run: {error}. Give its command again to finish it, or leave it out."
         ) from error

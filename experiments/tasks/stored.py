@@ -1,5 +1,6 @@
 """The files of a run of many tasks: one of packed bits for each task, and one of all masks over one random network."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 import supermask_jax as sm
+from experiments.run import schemas
 from experiments.run.errors import UserError
 from experiments.run.files import read_arrays, read_json, write_arrays, write_json
 from experiments.tasks.superposition import pack, packed_bytes, unpack
@@ -38,10 +40,11 @@ def load_task(path: Path, task: int, weights: Tree) -> tuple[np.ndarray, dict[st
       UserError: its files are damaged.
     """
     report, arrays = (path / FOLDER / f"{name_of(task)}.{ending}" for ending in ("json", "npz"))
-    if not report.exists():
+    if not os.path.lexists(report):
         return None
-    record, masks = read_json(report), read_arrays(arrays).get("masks")
-    if masks is None or masks.dtype != np.uint8 or masks.shape != (packed_bytes(weights),) or "task" not in record:
+    trained_again = f"move it and {arrays.name} away, and the task is trained again."
+    record, masks = read_json(report, schemas.Task, trained_again), read_arrays(arrays).get("masks")
+    if masks is None or masks.dtype != np.uint8 or masks.shape != (packed_bytes(weights),):
         raise UserError(f"{arrays} or {report.name} is of another network; move both away, and they are made again.")
     return masks, record
 
@@ -58,7 +61,9 @@ def load_growth(path: Path, asked: Mapping[str, Any]) -> dict[int, dict[str, Any
       UserError: the file is damaged.
     """
     file = path / FOLDER / GROWTH
-    found = read_json(file) if file.exists() else {}
+    if not os.path.lexists(file):
+        return {}
+    found = read_json(file, schemas.GrowthFile, "move it away, and it is measured again.")
     if any(found.get(name) != value for name, value in asked.items()):
         return {}
     return {row["tasks"]: row for row in found["rows"]}

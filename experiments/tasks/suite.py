@@ -13,6 +13,7 @@ from experiments.config.settings import flat, neutral
 from experiments.config.tasks import CHANGE_NO_MASK, ManyTasks, named, of_masks
 from experiments.data.source import Dataset, Source
 from experiments.plots import style, tasks
+from experiments.run import schemas
 from experiments.run.display import show_warning
 from experiments.run.errors import UserError
 from experiments.run.interrupt import Interrupted, stopping
@@ -27,8 +28,6 @@ from experiments.training import images, summary
 from experiments.training.evaluation import Split
 from supermask_jax import artifact
 from supermask_jax.trees import leaf_key
-
-SUMMARY_KEYS = {"dataset", "split", "tasks", "mean_accuracy", "growth", "bytes_per_task", "config"}
 
 
 def run(config: ManyTasks) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def open_workdir(config: ManyTasks, dataset: Dataset) -> Workdir:
     usual = {name: value for name, value in neutral(type(config)).items() if name not in CHANGE_NO_MASK}
     settings = Settings(of_masks(config), usual)
     path = Path(config.workdir).expanduser() if config.workdir else default_path(settings, "many_tasks")
-    return Workdir(path, settings, dataset.fingerprint, SUMMARY_KEYS)
+    return Workdir(path, settings, dataset.fingerprint, schemas.TasksSummary, config.restart)
 
 
 def _finish(

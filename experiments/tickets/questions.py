@@ -8,6 +8,7 @@ from experiments.config.settings import changed
 from experiments.config.tickets import Lottery
 from experiments.data.source import Dataset
 from experiments.plots.style import COLOURS, MARKERS, new_figure, save, style_axes
+from experiments.run import schemas
 from experiments.run.workdir import Workdir
 from experiments.tickets import rounds
 from experiments.tickets.plots import KINDS, PANELS, band, remaining_axis
@@ -32,8 +33,7 @@ UNTRAINED_DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 def run(config: Lottery, dataset: Dataset) -> dict:
     """Runs, or resumes, every value of the sweep in a directory of its own; returns the summary."""
-    summary_keys = {"sweep", "dataset", "model", "rows", "seed", "config"}
-    workdir = rounds.open_workdir(config, dataset, summary_keys=summary_keys)
+    workdir = rounds.open_workdir(config, dataset, schema=schemas.SweepSummary)
     summary = workdir.summary()
     if not summary:
         rows = (

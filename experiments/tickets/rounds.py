@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from experiments.config.settings import changed, flat, neutral, without_unread
 from experiments.config.tickets import TRAINED, Lottery, Tickets
 from experiments.data.load import load
 from experiments.data.source import Dataset
+from experiments.run import schemas
 from experiments.run.display import show_warning
 from experiments.run.errors import UserError
 from experiments.run.interrupt import stopping
@@ -26,7 +27,6 @@ from supermask_jax.densities import exact, keep_count
 from supermask_jax.trees import Tree, by_path, leaf_key, map_with_name
 from supermask_jax.units import unit_masks
 
-SUMMARY_KEYS = {"dataset", "model", "networks", "per_input", "seed", "config"}
 USUAL_VALIDATION = 5000  # or a tenth of a smaller set
 
 
@@ -92,7 +92,7 @@ def run(config: Lottery, dataset: Dataset, target: Dataset | None = None) -> dic
 
 
 def open_workdir(
-    config: Lottery, dataset: Dataset, target: Dataset | None = None, summary_keys: set[str] = SUMMARY_KEYS
+    config: Lottery, dataset: Dataset, target: Dataset | None = None, schema: Any = schemas.TicketsSummary
 ) -> Workdir:
     """The directory that --workdir names, or one named after the settings."""
     kind = "" if config.sweep == "none" else f"{config.sweep}-"
@@ -101,7 +101,7 @@ def open_workdir(
     output = config.output.workdir
     path = Path(output).expanduser() if output else Path("runs/lottery") / name
     fingerprints = [each.fingerprint for each in (dataset, target) if each]
-    return Workdir(path, settings, "+".join(fingerprints), summary_keys)
+    return Workdir(path, settings, "+".join(fingerprints), schema, config.output.restart)
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,7 @@
 Each network leaves a file when it is finished, and checkpoints until then: the same call resumes it.
 """
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import supermask_jax as sm
 from experiments.config.tickets import Lottery
 from experiments.data.batches import hold_out
 from experiments.data.source import Dataset
+from experiments.run import schemas
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import DataError
 from experiments.run.files import read_arrays, read_json, write_arrays, write_json
@@ -138,7 +139,7 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         report, arrays = folder / f"{candidate.name}.json", folder / f"{candidate.name}.npz"
         checkpoints = self._workdir.path / "checkpoints" / candidate.name
-        if not report.exists():
+        if not os.path.lexists(report):
             record, drawn = self._train(candidate, checkpoints)
             if not candidate.is_control:
                 masks = {f"masks/{path}": np.asarray(mask, bool) for path, mask in by_path(candidate.masks).items()}
@@ -147,8 +148,8 @@ class Trainer:
             write_json(report, record)  # last: it marks the network as finished
             if self._stop_requested():
                 raise Interrupted(f"stopped by a signal, after {candidate.name} was finished in {self._workdir.path}.")
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        record = read_json(report)
+        Checkpoints(checkpoints).discard()
+        record = read_json(report, schemas.Trained, "move it away, and this network is trained again.")
         return Trained(record, None if candidate.is_control else _restored(candidate.start, read_arrays(arrays)))
 
     def _save_artifact(self, file: Path, drawn: Snapshot, masks: Tree) -> None:

@@ -93,7 +93,8 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
     output = config.output.workdir
     path = Path(output).expanduser() if output else default_path(settings, experiment)
     trained_on, split = splits(config.data, dataset)
-    open_workdir = partial(Workdir, path, settings, dataset.fingerprint, writes=processes.is_first())
+    restart, writes = config.output.restart, processes.is_first()
+    open_workdir = partial(Workdir, path, settings, dataset.fingerprint, restart=restart, writes=writes)
     workdir = processes.in_turn(open_workdir)
     processes.require_alike(workdir.mark(), f"{path} must be on a file system that all share, and the same")
     with stopping() as stop_requested:

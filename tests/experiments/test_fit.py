@@ -346,6 +346,29 @@ def test_records_after_the_checkpoint_and_half_a_line_are_cut(tmp_path):
     assert [record["step"] for record in workdir.records()] == [0, 63]
 
 
+def test_a_restarted_run_begins_anew_and_keeps_what_was_there(tmp_path):
+    first = fit(small(tmp_path))
+    left = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds metrics\.jsonl.*Put it back, or begin anew: .* or give --restart"):
+        fit(small(tmp_path))
+    for number in (1, 2):  # a run that has begun is restarted as well
+        again = fit(small(tmp_path, restart=True))
+        assert without_times(again) == without_times(first)
+        assert (tmp_path / "replaced-1" / "metrics.jsonl").read_text() == left
+        assert (tmp_path / f"replaced-{number}" / "summary.json").exists()
+    assert without_times(fit(small(tmp_path))) == without_times(first)  # which is read, not trained again
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    workdir = Workdir(tmp_path, SETTINGS, "digest")
+    workdir.append({"epoch": 0, "step": 0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "step": "63"}\n')
+    with pytest.raises(UserError, match=r"damaged \(line 2: Expected `int`, got `str` - at `\$.step`\)"):
+        workdir.records()
+
+
 def test_records_that_do_not_reach_the_checkpoint_are_an_error(tmp_path):
     workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
     workdir.append({"epoch": 0, "step": 0})
@@ -384,7 +407,9 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
 def test_a_summary_without_its_figures_is_damaged(tmp_path):
     workdir = Workdir(tmp_path, SETTINGS, "digest")
     (tmp_path / "summary.json").write_text('{"seed": 1}')
-    with pytest.raises(UserError, match=r"damaged \(no dataset"):
+    with pytest.raises(
+        UserError, match=r"damaged \(Object missing required field `method`\); move it away to have it made again"
+    ):
         workdir.summary()
 
 

@@ -27,7 +27,7 @@ LIBRARIES = {
     "config": {"tyro"},
     "plots": {"numpy", "matplotlib"},
     "data": {"numpy", "jax", "PIL", "requests", "scipy", "tensorflow_datasets"},
-    "run": {"numpy", "jax", "orbax", "rich"},
+    "run": {"numpy", "jax", "msgspec", "orbax", "rich"},
     "training": {"numpy", "jax", "flax", "optax"},
     "tickets": {"numpy", "jax", "optax", "rich"},
     "tasks": {"numpy", "jax", "optax", "rich"},

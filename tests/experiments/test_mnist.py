@@ -55,7 +55,8 @@ def test_it_finds_a_supermask_and_leaves_its_files(tmp_path, capsys, monkeypatch
     assert status == 0, err
     assert "mnist-5k" in out and "epoch   2/2" in out
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    own = {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints", "subnetwork.safetensors"}
+    own = {".lock", ".saved-checkpoints", "config.json", "metrics.jsonl", "summary.json", "checkpoints"}
+    own.add("subnetwork.safetensors")
     assert files == own | PICTURES
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["method"], summary["dataset"], summary["steps"]) == ("edge-popup", "mnist-5k", 2 * 32)
@@ -70,7 +71,8 @@ def test_without_network_and_data_it_says_so_and_finds_a_supermask_on_mnist_5k(t
     assert "WARNING" in done.stderr and "mnist-5k" in done.stderr
     assert "mnist-5k" in done.stdout and "epoch   2/2" in done.stdout
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    own = {".lock", "config.json", "metrics.jsonl", "summary.json", "checkpoints", "subnetwork.safetensors"}
+    own = {".lock", ".saved-checkpoints", "config.json", "metrics.jsonl", "summary.json", "checkpoints"}
+    own.add("subnetwork.safetensors")
     assert files == own | PICTURES
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -182,7 +182,8 @@ def test_checkpoints_from_before_there_were_checksums_are_read_unless_newer_ones
     saved_twice(tmp_path)
     for step in ("10", "20"):
         (tmp_path / step / CHECKSUMS).unlink()
-    (tmp_path / SAVED).unlink()
+    for mark in (tmp_path / SAVED, tmp_path.with_name(f".saved-{tmp_path.name}")):
+        mark.unlink()
     assert restored(tmp_path) == 20
     Checkpoints(tmp_path).save(30, {**TREE, "a": TREE["a"] + 30})
     assert restored(tmp_path) == 30
@@ -196,6 +197,9 @@ def test_checkpoints_that_were_there_and_are_gone_are_an_error(tmp_path):
     for step in ("10", "20"):
         shutil.rmtree(tmp_path / "c" / step)
     with pytest.raises(UserError, match="there are none now"):
+        Checkpoints(tmp_path / "c").restore(TREE)
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(UserError, match="there are none now"):  # an emptied directory is one that was never filled
         Checkpoints(tmp_path / "c").restore(TREE)
     workdir = Workdir(tmp_path / "run", SETTINGS, "digest")
     workdir.checkpoints()
@@ -220,7 +224,8 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
         Workdir(workdir, SETTINGS, "digest")
     assert restored(workdir / "checkpoints") == 20
     assert sorted(file.name for file in (workdir / "checkpoints").iterdir()) == ["10", "20", "notes.tmp", "saved"]
-    assert sorted(file.name for file in workdir.iterdir()) == [".hidden", ".lock", "checkpoints", "config.json"]
+    left = [".hidden", ".lock", ".saved-checkpoints", "checkpoints", "config.json"]
+    assert sorted(file.name for file in workdir.iterdir()) == left
 
 
 @pytest.mark.parametrize(
