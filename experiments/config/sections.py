@@ -12,6 +12,7 @@ from experiments.config.registry import DATASETS, DISTRIBUTIONS, INITIALIZERS, M
 from experiments.run.errors import UserError, require
 
 MAX_EPOCHS = 10**6
+MAX_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Optim:
         """Raises UserError on a setting out of range."""
         require(
             self,
-            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("batch_size", 1 <= self.batch_size <= MAX_BATCH, f"in [1, {MAX_BATCH:,}]"),
             ("learning_rate", 0 < self.learning_rate < float("inf"), "above 0, and finite"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("drop_at", all(0 < part < 1 for part in self.drop_at), "parts of the training, in (0, 1)"),

@@ -9,7 +9,7 @@ import gzip
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from experiments.run.files import read_bytes
 AGAIN = "fetch or copy this file again"
 RECORDS = 10_000  # in the smallest file of each set
 PIXELS = 3 * 32 * 32
+LARGEST = 2**28  # bytes of an official archive, unpacked: 190 million at most
 FILES = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
 FOLDER, ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
 
@@ -190,12 +191,29 @@ def _of_pickle(path: Path | str, content: bytes, of: Official) -> tuple[np.ndarr
     return planes, np.array(labels, object)
 
 
+class _AtMost:
+    """A stream that ends with an error if more is read from it than it may hold."""
+
+    def __init__(self, stream: BinaryIO, left: int):
+        self._stream, self._left = stream, left
+
+    def read(self, size: int) -> bytes:
+        part = self._stream.read(size)
+        self._left -= len(part)
+        if self._left < 0:
+            raise ValueError("it unpacks to more than the official archive holds")
+        return part
+
+
 def _unpacked(path: Path, of: Official) -> list[tuple[Path, bytes]]:
     """[(path, bytes)] of the files in the official archive, for `_joined`. Nothing is written to disk."""
     members = {f"{of.folder}/{file}": path / of.folder / file for file in of.files}
     try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            unpacked = {member.name: archive.extractfile(member).read() for member in archive if member.name in members}
+        with gzip.open(path) as packed:
+            stream = _AtMost(packed, LARGEST)
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                found = (member for member in archive if member.name in members)
+                unpacked = {member.name: archive.extractfile(member).read() for member in found}
             while stream.read(2**20):  # gzip compares its checksum at the end, where tar does not go
                 pass
     except Exception as error:  # tarfile raises exceptions of many types on damaged files

@@ -7,10 +7,12 @@ four bytes, big-endian, and the values. It may be compressed by gzip.
 import contextlib
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,7 @@ KNOWN_MD5 = {
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     }
 }
+CHUNK = 2**18  # bytes that are unpacked at a time
 FILES = tuple(KNOWN_MD5["mnist"])  # each set's four files: training images and labels, test images and labels
 
 Split = tuple[np.ndarray, np.ndarray]  # images uint8 [n, 28, 28, 1], labels int32 [n] in 0..9
@@ -95,18 +98,32 @@ def read_idx(path: Path, axes: int) -> tuple[np.ndarray, set[str]]:
     Raises DataError, with the path, unless the file is whole and its array has so many axes.
     """
     again, stored = "fetch or copy this file again", read_bytes(path)
+    magic, start = bytes([0, 0, 8, axes]), 4 + 4 * axes
+    packed = stored.startswith(b"\x1f\x8b")
+    stream: Any = gzip.GzipFile(fileobj=io.BytesIO(stored)) if packed else io.BytesIO(stored)
     try:
-        content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
+        head = stream.read(start)
+        if not head.startswith(magic) or len(head) < start:
+            begin = head.hex(" ") or "nothing"
+            raise DataError(f"{path} is no IDX file of {axes} axes of bytes: it starts with {begin}; {again}")
+        shape = np.frombuffer(head, ">u4", axes, offset=4).tolist()
+        promised = math.prod(shape)
+        content = head + _at_most(stream, promised + 1)  # one more tells a file that is too long
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is a corrupted or truncated gzip file ({error}); {again}") from error
-    magic, start = bytes([0, 0, 8, axes]), 4 + 4 * axes
-    if not content.startswith(magic) or len(content) < start:
-        begin = content[:start].hex(" ") or "nothing"
-        raise DataError(f"{path} is no IDX file of {axes} axes of bytes: it starts with {begin}; {again}")
-    shape = np.frombuffer(content, ">u4", axes, offset=4).tolist()
-    size, promised = len(content) - start, math.prod(shape)
-    if size != promised:
-        fault = "truncated" if size < promised else "too long"
-        raise DataError(f"{path} is {fault}: {size} bytes of data where {shape} needs {promised}; {again}")
+    size = len(content) - start
+    if size > promised:
+        raise DataError(f"{path} is too long: more bytes of data follow the {promised} that {shape} needs; {again}")
+    if size < promised:
+        raise DataError(f"{path} is truncated: {size} bytes of data where {shape} needs {promised}; {again}")
     digests = {hashlib.md5(content, usedforsecurity=False).hexdigest(), hashlib.sha256(stored).hexdigest()}
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape), digests
+
+
+def _at_most(stream: Any, wanted: int) -> bytes:
+    """The next bytes of a stream: as many as are wanted, or all that are left; no memory is taken in advance."""
+    parts = []
+    while wanted > 0 and (part := stream.read(min(wanted, CHUNK))):
+        parts.append(part)
+        wanted -= len(part)
+    return b"".join(parts)

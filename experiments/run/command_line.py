@@ -13,6 +13,7 @@ from collections.abc import Callable
 from experiments.run.errors import UserError
 from experiments.run.interrupt import Interrupted
 from experiments.run.streams import undisturbed
+from experiments.run.surroundings import explain, require_usable
 
 
 def run(main: Callable, parse: Callable, prog: str, args: list[str] | None = None):
@@ -36,6 +37,10 @@ def _run(main: Callable, parse: Callable, prog: str, args: list[str]) -> None:
         config = parse(prog, args)
     except UserError as error:
         _complain(error, status=2)
+    try:
+        require_usable()
+    except UserError as error:
+        _complain(error, status=1)
     _keep_freed_memory()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a user's eye needs no line of code
     try:
@@ -55,6 +60,8 @@ def _run(main: Callable, parse: Callable, prog: str, args: list[str]) -> None:
         print(text, file=sys.stderr, flush=True)
         _end_at_once(130)  # a compilation may be under way in another thread, and ending in order would crash
     except Exception as error:
+        if says := explain(error):
+            _complain(says, status=1)
         if not _is_one_of_several():
             raise
         from experiments.run.processes import is_shared_failure

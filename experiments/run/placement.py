@@ -1,5 +1,7 @@
 """Where the arrays of a run are: on one device, or on a mesh of devices, in one process or in several."""
 
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,9 @@ class Placement:
         try:
             self.mesh = parallel.mesh(devices)
         except ValueError as error:
-            raise UserError(f"--devices {devices}: {error}.") from error
+            flag = re.search(r"--xla_force_host_platform_device_count=\d+", os.environ.get("XLA_FLAGS", ""))
+            why = f" XLA_FLAGS has {flag[0]}: without it, as many as are asked for are simulated." if flag else ""
+            raise UserError(f"--devices {devices}: {error}.{why}") from error
         self.size = self.mesh.size
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._shard_scores = shard_scores

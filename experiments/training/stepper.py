@@ -20,6 +20,7 @@ import supermask_jax as sm
 from experiments.data.batches import alternate_flips, epoch_order
 from experiments.data.source import Arrays, Source
 from experiments.run.placement import Placement
+from experiments.run.surroundings import require_memory
 from experiments.training.loop import Advance, Batch, Progress
 from supermask_jax import parallel
 from supermask_jax.trees import Tree, leaf_key, prunable
@@ -174,6 +175,7 @@ class OnDevice:
             function = sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out)
             self._compiled[kind] = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
+            require_memory(memory_of(self._compiled[kind]), self._placement.mesh.local_devices[0])
         return self._compiled[kind]
 
 
@@ -227,6 +229,7 @@ class Streamed:
             function = sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out)
             self._compiled = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
+            require_memory(memory_of(self._compiled), self._placement.mesh.local_devices[0])
         return self._compiled
 
 
@@ -265,6 +268,12 @@ class Pmapped:
         jax.block_until_ready(totals)
         state, totals = self._placement.as_global((state, totals))
         return state, totals, time.perf_counter() - began, _read(self._source, order, stop - 1)
+
+
+def memory_of(compiled) -> int:
+    """Bytes that a compiled program takes on a device beside its arguments; 0 where the backend does not tell."""
+    told = compiled.memory_analysis()
+    return told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes if told else 0
 
 
 def _of_process(part: np.ndarray) -> np.ndarray:

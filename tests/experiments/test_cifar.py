@@ -241,6 +241,13 @@ def test_a_damaged_archive_is_named(tmp_path, content, message):
     assert str(tmp_path / ARCHIVE) in str(caught.value)
 
 
+def test_an_archive_is_unpacked_no_further_than_the_official_one_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "LARGEST", 10**6)
+    (tmp_path / ARCHIVE).write_bytes(archived(contents() | {"more": bytes(10**6)}))
+    with pytest.raises(DataError, match="unpacks to more than the official archive holds"):
+        data.load("cifar10", tmp_path)
+
+
 def test_an_archive_in_which_a_link_stands_for_a_file_reads_nothing_outside_it(tmp_path):
     outside = tmp_path / "outside"
     outside.write_bytes(contents()[FILES[0]])

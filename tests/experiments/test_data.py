@@ -8,11 +8,13 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,25 @@ def test_the_folder_of_the_set_comes_before_the_directory_itself(tmp_path):
     write(tmp_path, contents(seed=1))
     write(tmp_path / "idx", contents(seed=2))
     assert data.load("idx", tmp_path).train.images.tobytes() == contents(seed=2)[TRAIN_IMAGES][16:]
+
+
+def test_a_gzip_file_is_unpacked_no_further_than_its_header_allows(tmp_path):
+    files = contents()
+    bomb = io.BytesIO()
+    with gzip.GzipFile(fileobj=bomb, mode="wb") as stream:
+        stream.write(files[TEST_LABELS])
+        for _ in range(256):
+            stream.write(bytes(2**20))
+    write(tmp_path, {**files, TEST_LABELS: bomb.getvalue()})
+    with contextlib.suppress(DataError):
+        data.load("idx", tmp_path)  # what is imported on the way is none of the reader's
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="is too long: more bytes of data follow the"):
+            data.load("idx", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def _long_header(content):

@@ -1,0 +1,94 @@
+"""What surrounds a run, its environment variables and its limits: what it cannot work with is one paragraph."""
+
+import os
+import re
+from pathlib import Path
+
+from experiments.run.errors import UserError
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
+
+FILES, FEWEST_FILES = 1024, 64  # open at once: what is asked for, and what the writer of checkpoints needs
+MEMORY = Path("/proc/meminfo")
+TO_THE_BACKEND = re.compile(r"Unable to initialize backend|No visible \w+ devices|Unknown backend")
+NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate")
+
+
+def require_usable() -> None:
+    """Raises the limit of open files, and raises UserError for what no run can work with. Imports no JAX."""
+    if os.environ.get("JAX_DISABLE_JIT", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+        raise UserError(
+            "JAX_DISABLE_JIT is set, and the commands compile their steps: unset it. A step of your own runs without "
+            "compilation as sm.make_train_step returns it."
+        )
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = hard == resource.RLIM_INFINITY
+    wanted = FILES if unlimited else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if not unlimited and hard < FEWEST_FILES:
+        raise UserError(
+            f"only {hard} files may be open at once here, and a run needs {FEWEST_FILES}: raise the limit (ulimit -n)."
+        )
+
+
+def explain(error: BaseException) -> str | None:
+    """A paragraph for an error that comes from the surroundings; None for any other."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        return (
+            f"the memory does not suffice ({_first_line(error)}). A smaller --batch-size or a smaller network takes "
+            "less. What was saved is whole: the same command resumes."
+        )
+    if TO_THE_BACKEND.search(text) or (isinstance(error, AssertionError) and _raised_in(error, "xla_bridge.py")):
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS={asked} asks for devices" if asked else "JAX asked for devices"
+        return (
+            f"{why} that JAX does not find here ({_first_line(error) or 'no such backend'}). Unset JAX_PLATFORMS to "
+            'take what is there, or install JAX for them, as `pip install "jax[cuda13]"` does for NVIDIA GPUs.'
+        )
+    return None
+
+
+def require_memory(needed: int, device) -> None:
+    """Raises UserError if a compiled program needs more memory than is free.
+
+    Args:
+      needed: bytes, beside what is held already.
+      device: the `jax.Device` that it runs on.
+    """
+    free = _free(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"a training step needs {needed / 1e9:.1f} GB of memory beside what is held already, and {free / 1e9:.1f} "
+            f"GB are free ({device.platform}): a smaller --batch-size or a smaller network takes less."
+        )
+
+
+def _free(device) -> int | None:
+    """Bytes that are free on a device; None where nothing tells."""
+    if device.platform != "cpu":
+        told = device.memory_stats() or {}
+        limit = told.get("bytes_limit")
+        return None if limit is None else limit - told.get("bytes_in_use", 0)
+    try:
+        told = dict(re.findall(r"(\w+):\s+(\d+) kB", MEMORY.read_text()))
+    except OSError:  # not Linux
+        return None
+    return 1024 * (int(told["MemAvailable"]) + int(told.get("SwapFree", 0))) if "MemAvailable" in told else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _raised_in(error: BaseException, file: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.endswith(file)

@@ -1,0 +1,93 @@
+"""What surrounds a run: variables, limits and memory that it cannot work with are one paragraph, before it trains."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.run import surroundings
+from experiments.run.command_line import run
+from experiments.run.errors import UserError
+from experiments.run.placement import Placement
+from experiments.training.stepper import memory_of
+
+SMALL = ["--dataset", "mnist-5k", "--train-images", "100", "--epochs", "1", "--model", "mlp", "--width", "8"]
+
+
+def mnist(tmp_path, **variables):
+    command = [sys.executable, "-m", "experiments.mnist", *SMALL, "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    return done.returncode, " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables, says",
+    (
+        ({"JAX_PLATFORMS": "nonsense"}, "JAX_PLATFORMS=nonsense asks for devices that JAX does not find here"),
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda asks for devices that JAX does not find here"),
+        ({"JAX_DISABLE_JIT": "1"}, "JAX_DISABLE_JIT is set, and the commands compile their steps: unset it"),
+    ),
+)
+def test_a_variable_that_no_run_can_work_with_is_named(tmp_path, variables, says):
+    if variables.get("JAX_PLATFORMS") == "cuda" and any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is a GPU")
+    status, err = mnist(tmp_path, **variables)
+    assert status == 1 and err.startswith("error: " + says), err
+
+
+def test_a_flag_of_xla_that_sets_the_number_of_devices_is_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    there = jax.device_count()
+    with pytest.raises(
+        UserError, match=f"there are {there}, .* XLA_FLAGS has --xla_force_host_platform_device_count=3"
+    ):
+        Placement(there + 1)
+
+
+def test_few_open_files_are_raised_where_that_is_allowed_and_an_error_where_it_is_not(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 5000))
+    surroundings.require_usable()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2048, resource.RLIM_INFINITY))
+    surroundings.require_usable()
+    assert set_to == [(1024, 5000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (24, 24))
+    with pytest.raises(UserError, match=r"only 24 files .* raise the limit \(ulimit -n\)"):
+        surroundings.require_usable()
+
+
+@pytest.mark.parametrize("error", (MemoryError("Unable to allocate 3 GiB"), RuntimeError("RESOURCE_EXHAUSTED: x\ny")))
+def test_memory_that_does_not_suffice_is_one_paragraph_and_other_failures_keep_their_traceback(capsys, error):
+    def fail(raised):
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail, lambda *_: error, "python -m experiments.mnist", [])
+    err = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 1 and err.startswith("error: the memory does not suffice (") and " y" not in err
+    with pytest.raises(RuntimeError, match="something else"):
+        run(fail, lambda *_: RuntimeError("something else"), "python -m experiments.mnist", [])
+
+
+def test_a_step_that_needs_more_memory_than_is_free_is_refused_before_it_runs(tmp_path, monkeypatch):
+    device = jax.devices("cpu")[0]
+    compiled = jax.jit(lambda x: jnp.sort(x)[::-1].cumsum()).lower(np.ones(10_000, np.float32)).compile()
+    needed = memory_of(compiled)
+    assert 40_000 <= needed < 1_000_000
+    monkeypatch.setattr(surroundings, "MEMORY", tmp_path / "meminfo")
+    surroundings.require_memory(10**15, device)  # nothing tells
+    for free, refused in ((10**6, False), (20, True)):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {free} kB\nSwapFree: 3 kB\n")
+        if refused:
+            with pytest.raises(UserError, match=r"a training step needs 0\.0 GB .* a smaller --batch-size"):
+                surroundings.require_memory(needed, device)
+        else:
+            surroundings.require_memory(needed, device)
