@@ -1,12 +1,14 @@
 """From a frozen dataclass of sections to flags: presets, `--help`, choices, renamed flags. Imports nothing heavy."""
 
 import argparse
+import contextlib
 import difflib
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import docstring_parser  # tyro reads docstrings with it
 import tyro
 
 from experiments.config import settings
@@ -35,10 +37,29 @@ def _parse(config_type: type, defaults: Callable[..., dict], prog: str, args: li
     args = [_renamed(arg) for arg in args]
     chosen = _choices(config_type, args)
     base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
-    config = tyro.cli(config_type, args=args, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    with _docstrings_in_one_piece():
+        config = tyro.cli(config_type, args=args, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     config.check()
     settings.refuse_unread(config, base)
     return config
+
+
+@contextlib.contextmanager
+def _docstrings_in_one_piece() -> Iterator[None]:
+    """Joins the lines of the docstrings that `--help` shows: tyro keeps a break before every line that is indented."""
+    read = docstring_parser.parse_from_object
+
+    def joined(of: object) -> docstring_parser.Docstring:
+        found = read(of)
+        for part in found.params:
+            part.description = " ".join((part.description or "").split()) or None
+        return found
+
+    docstring_parser.parse_from_object = joined
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = read
 
 
 def _renamed(arg: str) -> str:

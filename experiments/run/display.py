@@ -46,7 +46,8 @@ class Display(Bar):
 
 def say(text: str) -> None:
     """A line of its own."""
-    Console(file=sys.stdout).print(text, highlight=False, markup=False, soft_wrap=True)
+    console = Console(file=sys.stdout)
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)  # a file gets whole lines
 
 
 def show_warning(text: str) -> None:

@@ -41,7 +41,8 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        whole = not self.console.is_terminal  # lines in a file; on a terminal they end between words
+        self.console.print(text, highlight=False, markup=False, soft_wrap=whole)
 
     def update(self, **changes: Any) -> None:
         """New values of the fields, or of "completed"."""

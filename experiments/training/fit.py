@@ -171,7 +171,9 @@ class _Job:
         left, epochs = parts.last_step - step, parts.config.epochs - step // parts.epochs.steps
         seconds /= tried
         minutes = (left * seconds + epochs * seconds / batch * len(parts.split.source) / 3) / 60
-        return f"about {minutes:.1f} minutes: {left:,} steps of {1000 * seconds:.0f} ms, and evaluations"
+        time = f"about {minutes:.1f} minutes" if minutes >= 1 else "less than a minute"
+        memory = f"; a step takes {parts.stepper.memory / 1e6:,.0f} MB of memory" if parts.stepper.memory else ""
+        return f"{time}: {left:,} steps of {1000 * seconds:.1f} ms, and evaluations{memory}"
 
     def stop_before_training(self, step: int) -> None:
         """Raises Interrupted if a signal came while all was made ready; nothing is lost then."""

@@ -69,6 +69,7 @@ class Stepper(Protocol):
 
     steps_per_call: int
     compile_seconds: float
+    memory: int  # bytes that a step takes beside its state and the images; 0 while or where it is not known
 
     def __call__(
         self, state: sm.TrainState, totals: dict, order: Order, start: int, stop: int
@@ -129,7 +130,7 @@ class OnDevice:
         steps_per_call: int | None = None,
     ):
         self.steps_per_call = steps_per_call or STEPS_PER_CALL.get(jax.default_backend(), STEPS_PER_CALL_ELSEWHERE)
-        self.compile_seconds = 0.0
+        self.compile_seconds, self.memory = 0.0, 0
         self._placement, self._source = placement or Placement(), source
         self._images = self._placement.replicate((source.images, source.labels))
         self._compiled, self._order, self._placed = {}, None, None
@@ -175,7 +176,8 @@ class OnDevice:
             function = sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out)
             self._compiled[kind] = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
-            require_memory(memory_of(self._compiled[kind]), self._placement.mesh.local_devices[0])
+            self.memory = max(self.memory, memory_of(self._compiled[kind]))
+            require_memory(self.memory, self._placement.mesh.local_devices[0])
         return self._compiled[kind]
 
 
@@ -192,7 +194,7 @@ class Streamed:
     AHEAD = 4  # batches that are read before they are needed
 
     def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
-        self.compile_seconds = 0.0
+        self.compile_seconds, self.memory = 0.0, 0
         self._source, self._placement, self._compiled = source, placement, None
         self._reader = ThreadPoolExecutor(1)
 
@@ -229,7 +231,8 @@ class Streamed:
             function = sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out)
             self._compiled = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
-            require_memory(memory_of(self._compiled), self._placement.mesh.local_devices[0])
+            self.memory = memory_of(self._compiled)
+            require_memory(self.memory, self._placement.mesh.local_devices[0])
         return self._compiled
 
 
@@ -244,7 +247,7 @@ class Pmapped:
     steps_per_call = 1
 
     def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
-        self.compile_seconds = 0.0
+        self.compile_seconds, self.memory = 0.0, 0
         self._step, self._learns, self._placement, self._source = step, learns, placement, source
 
         def add(totals, metrics, learner, at):

@@ -24,7 +24,7 @@ LONGEST = 60  # lines of a function
 # What a layer imports from elsewhere, beside the standard library. The others are free to.
 LIBRARIES = {
     "command": {"rich", "tyro"},
-    "config": {"tyro"},
+    "config": {"docstring_parser", "tyro"},
     "plots": {"numpy", "matplotlib"},
     "data": {"numpy", "jax", "PIL", "requests", "scipy", "tensorflow_datasets"},
     "run": {"numpy", "jax", "msgspec", "orbax", "rich"},

@@ -1,5 +1,6 @@
 """The main job from the command line: end to end on the 5,000 digits that need no network, and every bad input."""
 
+import itertools
 import json
 import os
 import re
@@ -51,7 +52,8 @@ def small(tmp_path):
 def test_it_finds_a_supermask_and_leaves_its_files(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "mnist-5k", "--train-images", "2000", "--model", "mlp", "--width", "32", "--epochs", "2"]
     status, out, err = run(capsys, monkeypatch, *flags, "--density", "0.3", "--workdir", tmp_path / "run")
-    assert re.search(r"\nabout [\d.]+ minutes: [\d,]+ steps of \d+ ms, and evaluations\n", out)
+    told = r"\n(about [\d.]+ minutes|less than a minute): [\d,]+ steps of [\d.]+ ms, and evaluations"
+    assert re.search(told + r"; a step takes [\d,]+ MB of memory\n", out)
     assert status == 0, err
     assert "mnist-5k" in out and "epoch   2/2" in out
     files = {p.name for p in (tmp_path / "run").iterdir()}
@@ -235,7 +237,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_help_reads_well_and_comes_at_once(tmp_path):
+def test_help_reads_well_and_comes_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     began = time.perf_counter()
     done = process(tmp_path, "--help")
     assert done.returncode == 0
@@ -243,4 +246,9 @@ def test_help_reads_well_and_comes_at_once(tmp_path):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
     assert not any(f"{old} " in done.stdout for old in RENAMED)
     assert "Fraction of the weights that is kept" in done.stdout
+    lines = [line[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    told = " " * 7
+    for line, after in itertools.pairwise(lines):  # a line ends where the next word does not fit
+        if line.startswith(told) and after.startswith(told):
+            assert len(line.rstrip()) + 1 + len(after.split()[0]) > len(line) - 1, (line, after)
     assert time.perf_counter() - began < 20  # loose: a slow machine; importing JAX and reading data take longer

@@ -51,6 +51,7 @@ def test_a_run_killed_twenty_times_resumes_each_time_and_ends_bit_identical(scra
     left = {file.name for file in (scratch / "killed").iterdir()} - {".lock"}
     pictures = {name for name in left if name.endswith(".png")}
     files = {"config.json", "metrics.jsonl", "summary.json", "subnetwork.safetensors", "checkpoints"}
+    files.add(".saved-checkpoints")
     assert left == files | pictures and pictures
     kept = {file.name for file in (scratch / "killed" / "checkpoints").iterdir()}
     assert len(kept) == 3 and "saved" in kept  # two checkpoints, and nothing of saves that were killed
