@@ -22,9 +22,9 @@ PICTURES = {"curves.png", "layers.png", "kernels.png", "flips.png"}
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 
 
-def process(tmp_path, *flags, data_dir=None):
+def process(tmp_path, *flags, data_dir=None, columns=200):
     env = {k: v for k, v in os.environ.items() if k not in ("SUPERMASK_DATA_DIR", "TFDS_DATA_DIR")}
-    env |= {**NO_NETWORK, "HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    env |= {**NO_NETWORK, "HOME": str(tmp_path / "home"), "COLUMNS": str(columns)}
     if data_dir is not None:
         env["SUPERMASK_DATA_DIR"] = str(data_dir)
     args = [sys.executable, "-m", "experiments.mnist", *map(str, flags)]
@@ -237,10 +237,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_help_reads_well_and_comes_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_help_reads_well_and_comes_at_once(tmp_path):
     began = time.perf_counter()
-    done = process(tmp_path, "--help")
+    done = process(tmp_path, "--help", columns=80)
     assert done.returncode == 0
     for field in fields(mnist.Config):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
