@@ -3,6 +3,7 @@
 Nothing here executes or imports what a file says. `docs/format.md` tells the format.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,8 +86,19 @@ def replace(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(new, path)
+        _sync_names(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _sync_names(folder: Path) -> None:
+    """Brings the names in a directory to the disk, where the system has a way to."""
+    with contextlib.suppress(OSError):  # Windows, and some file systems, have none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:

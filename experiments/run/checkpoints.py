@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.run import processes, schemas
 from experiments.run.errors import UserError, ways_out
-from experiments.run.files import read_json, write_json
+from experiments.run.files import read_json, sync, sync_all, write_json
 
 KEPT = 2
 CHECKSUMS = "checksums.json"  # inside each checkpoint
@@ -50,6 +50,7 @@ class Checkpoints:
         if processes.is_first():
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                sync(path.parent)
                 for left in path.glob(f"*{UNFINISHED}*"):  # by a process that was killed
                     if left.name.split(".")[0].isdigit() and left.is_dir() and not left.is_symlink():
                         shutil.rmtree(left)
@@ -80,9 +81,15 @@ class Checkpoints:
                 ocp.save(unfinished, tree)
             if processes.is_first():
                 write_json(unfinished / CHECKSUMS, _checksums(unfinished))
+                # The order matters where power is lost: the name comes when all of it is on the disk; the marks that one
+                # was saved, and the end of older ones, come when the name is.
+                sync_all(unfinished)
                 unfinished.rename(folder)
-                for mark in self._marks:
-                    mark.touch()
+                sync(self._path)
+                if not all(mark.exists() for mark in self._marks):
+                    for mark in self._marks:
+                        mark.touch()
+                    sync(self._path.parent)
                 for old in self._steps()[KEPT:]:
                     self._remove(old)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk makes orbax raise any of these

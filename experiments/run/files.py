@@ -1,6 +1,7 @@
 """Atomic writes, and reads that check what they read."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 
 from experiments.run.errors import DataError, UserError
 
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # of file systems that sync no directory
 MOVE_IT = "move it away, or name another --workdir."
 
 
@@ -77,8 +79,30 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a directory, to the disk: nothing else is sure to outlive a loss of power."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directory
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Brings a directory to the disk with all that is in it, its own name left out."""
+    for inside, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(inside, name))
+        sync(Path(inside))
+
+
 def _write(file: Path, content: bytes) -> None:
-    """Writes a file atomically: an interruption leaves the old one."""
+    """Writes a file atomically and to the disk: an interruption leaves the old one."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with naming(file), open(new, "wb") as stream:
@@ -86,6 +110,7 @@ def _write(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(new, file)
+        sync(file.parent)
     finally:
         new.unlink(missing_ok=True)
 

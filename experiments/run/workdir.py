@@ -12,7 +12,7 @@ from typing import Any
 from experiments.run import schemas
 from experiments.run.checkpoints import Checkpoints, gone
 from experiments.run.errors import InUse, UserError, ways_out
-from experiments.run.files import naming, parsed, read_json, read_text, write_json, write_text
+from experiments.run.files import naming, parsed, read_json, read_text, sync, write_json, write_text
 from experiments.run.names import Settings, plain
 
 try:
@@ -61,6 +61,7 @@ class Workdir:
         record = {**plain(dict(settings.values)), "workdir": str(path), "data": fingerprint}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            sync(self.path.resolve().parent)
             self._lock = _lock(self.path)
             for left in [left for name in A_RUNS_FILES for left in self.path.glob(f".{name}.*")]:
                 left.unlink()  # half written by a process that was killed
@@ -179,10 +180,13 @@ class Workdir:
         """Adds one line to metrics.jsonl, on disk when this returns; returns the record."""
         if self._writes:
             file = self.path / "metrics.jsonl"
+            new = not file.exists()
             with naming(file), open(file, "a") as stream:
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
+            if new:
+                sync(self.path)
         return record
 
     def checkpoints(self) -> Checkpoints:
