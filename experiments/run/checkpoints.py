@@ -81,8 +81,8 @@ class Checkpoints:
                 ocp.save(unfinished, tree)
             if processes.is_first():
                 write_json(unfinished / CHECKSUMS, _checksums(unfinished))
-                # The order matters where power is lost: the name comes when all of it is on the disk; the marks that one
-                # was saved, and the end of older ones, come when the name is.
+                # The order matters where power is lost: the name comes when all of it is on the disk; the marks, that
+                # one was saved, and the end of older ones come when the name is.
                 sync_all(unfinished)
                 unfinished.rename(folder)
                 sync(self._path)
