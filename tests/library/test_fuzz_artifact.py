@@ -248,11 +248,11 @@ def changed(kind, at, value):
     return kind, with_header(file_of(kind), json.dumps(header).encode())
 
 
-def every_second_value_everywhere():
-    """Each value of each header is replaced by half of the hostile values; the next value by the other half."""
+def every_fourth_value_everywhere():
+    """Each value of each header is replaced by a quarter of the hostile values; the next one by another quarter."""
     for kind in KINDS:
         for number, at in enumerate(places(unpacked(file_of(kind))[2])):
-            for value in HOSTILE[number % 2 :: 2]:
+            for value in HOSTILE[number % 4 :: 4]:
                 yield changed(kind, at, value)
 
 
@@ -324,7 +324,7 @@ limit.__enter__()
 fuzz.test_mutated_bytes_are_refused_or_do_not_matter(fuzz.LONG)
 fuzz.test_hostile_headers_are_refused_or_do_not_matter(fuzz.LONG)
 fuzz.test_hostile_indices_of_the_arrays_are_refused_or_do_not_matter(fuzz.LONG)
-print(sum(fuzz.check(mutation) is None for mutation in fuzz.every_second_value_everywhere()))
+print(sum(fuzz.check(mutation) is None for mutation in fuzz.every_fourth_value_everywhere()))
 """
 
 
