@@ -217,8 +217,8 @@ def _fault(folder: Path, with_checksums: bool) -> str | None:
     except (OSError, UserError) as error:
         return str(error)
     for name in sorted({*now, *written}):
-        if name not in written:
+        if name not in written and not Path(name).name.startswith("."):  # such a one is a file system's or a desktop's
             return f"{name} is not among its checksums"
-        if now.get(name) != written[name]:
+        if name in written and now.get(name) != written[name]:
             return f"{name} is {'damaged' if name in now else 'missing'}"
     return None

@@ -42,21 +42,23 @@ def _run(main: Callable, parse: Callable, prog: str, args: list[str]) -> None:
     except UserError as error:
         _complain(error, status=1)
     _keep_freed_memory()
+    again = " without --restart" if "--restart" in args else ""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a user's eye needs no line of code
     try:
         main(config)
     except Interrupted as error:
-        print(f"{error} Resume with:\n{_as_started(prog)} {shlex.join(args)}".rstrip(), file=sys.stderr)
+        flags = shlex.join(arg for arg in args if arg != "--restart")
+        print(f"{error} Resume with:\n{_as_started(prog)} {flags}".rstrip(), file=sys.stderr)
         sys.exit(3)
     except UserError as error:
         _complain(error, status=1)
     except OSError as error:
         _complain(
-            f"{error}. What was saved is whole: make room or mend the path, and give the same command again.",
+            f"{error}. What was saved is whole: make room or mend the path, and give the same command{again} again.",
             status=1,
         )
     except KeyboardInterrupt:
-        text = "error: interrupted. Give the same command again: a run resumes from its last checkpoint."
+        text = f"error: interrupted. Give the same command{again} again: a run resumes from its last checkpoint."
         print(text, file=sys.stderr, flush=True)
         _end_at_once(130)  # a compilation may be under way in another thread, and ending in order would crash
     except Exception as error:
@@ -71,7 +73,7 @@ def _run(main: Callable, parse: Callable, prog: str, args: list[str]) -> None:
             _end_at_once(1)
         _complain(
             f"the runtime failed where several processes work together ({str(error)[:200]}). If another process has "
-            "ended, its message says why. Give all of them the same commands again: they resume from the last "
+            f"ended, its message says why. Give all of them the same commands{again} again: they resume from the last "
             "checkpoint.",
             status=1,
         )

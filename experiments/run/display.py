@@ -74,9 +74,10 @@ def show_summary(summary: dict, path) -> None:
             "on FGSM images": f"accuracy {summary['fgsm_accuracy']:.2%}  (8/255)",
             "out of distribution": f"AUROC {unknown}",
         }
+    rows["density"] = f"{summary['density']:.4f}  (fraction of the prunable weights kept)"
+    if {"parameters", "flops"} <= set(summary):  # a run of an earlier version does not record them
+        rows["size"] = f"{summary['parameters']:,} parameters kept, {summary['flops']:,} FLOPs an image"
     rows |= {
-        "density": f"{summary['density']:.4f}  (fraction of the prunable weights kept)",
-        "size": f"{summary['parameters']:,} parameters kept, {summary['flops']:,} FLOPs an image",
         "training": f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['train_seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s",
         "seed": str(summary["seed"]),

@@ -15,10 +15,9 @@ import numpy as np
 from experiments.run.errors import DataError, UserError
 
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # of file systems that sync no directory
-MOVE_IT = "move it away, or name another --workdir."
 
 
-def read_json(file: Path, schema: Any = dict[str, Any], way_out: str = MOVE_IT) -> dict:
+def read_json(file: Path, schema: Any = dict[str, Any], way_out: str = "") -> dict:
     """The object in a JSON file.
 
     Args:
@@ -32,7 +31,7 @@ def read_json(file: Path, schema: Any = dict[str, Any], way_out: str = MOVE_IT) 
     try:
         return parsed(read_text(file), schema)
     except ValueError as error:  # bad JSON, bytes that are no text, other values
-        raise UserError(f"{file} is damaged ({error}); {way_out}") from error
+        raise UserError(f"{file} is damaged ({error})" + (f"; {way_out}" if way_out else "")) from error
 
 
 def read_text(file: Path) -> str:
@@ -41,8 +40,10 @@ def read_text(file: Path) -> str:
     Raises:
       ValueError: it is no regular file, or no text.
     """
+    if not os.path.lexists(file):
+        raise ValueError(f"there is no {file.name}")
     if not file.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError(f"{file.name} is no regular file")
     return file.read_text()
 
 

@@ -9,6 +9,8 @@ Count = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(min_length=1)]
 
+Measured = Annotated[list[Number], Meta(min_length=1)]
+
 Checksums = Annotated[dict[str, Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]], Meta(min_length=1)]
 Settings = dict[str, Any]  # config.json: `Settings.differing` compares every one
 
@@ -55,9 +57,9 @@ class RunSummary(Compared, kw_only=True):
 
     test_loss: Number
     layers: dict[str, Layer]
-    parameters: Count
-    flops: Count
     steps: Count
+    parameters: Count | UnsetType = UNSET
+    flops: Count | UnsetType = UNSET
     train_seconds: Number
     images_per_second: Number
     test_sampled_accuracy: Fraction | UnsetType = UNSET
@@ -71,11 +73,20 @@ class RunSummary(Compared, kw_only=True):
     dense_bytes: Count | UnsetType = UNSET
 
 
+class Curve(Struct):
+    """What was measured along the training of a ticket or a control."""
+
+    step: Measured
+    validation_loss: Measured
+    validation_accuracy: Measured
+    test_accuracy: Measured
+
+
 class Trained(Struct):
     """networks/NAME.json of a ticket or a control, once its training is finished."""
 
     density: Fraction
-    curve: dict[str, list[Number]]
+    curve: Curve
     train_seconds: Number
 
 
@@ -122,7 +133,10 @@ class Task(Struct):
     """tasks/task-N.json, once the task is trained."""
 
     task: Count
+    density: Fraction
     train_seconds: Number
+    test_accuracy: Fraction | UnsetType = UNSET
+    validation_accuracy: Fraction | UnsetType = UNSET
 
 
 class Growth(Struct):
@@ -153,7 +167,9 @@ class TaskFigures(Struct):
 class TasksSettings(Struct):
     """Of the settings, what the summary is shown with."""
 
+    tasks: Count
     inferred_images: Count
+    temperature: Number
 
 
 class TasksSummary(Struct):

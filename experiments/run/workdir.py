@@ -22,6 +22,7 @@ except ImportError:  # not a Unix
 
 A_RUNS_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "tasks", "subnetwork.safetensors")
 A_RUNS_FILES += (".saved-checkpoints",)  # the mark of `Checkpoints`
+A_RUNS_OWN = [name for name in A_RUNS_FILES if name != "tasks"]  # which no other directory is likely to hold
 
 LOCK = ".lock"
 REPLACED = "replaced"  # the folders that --restart moves the files of earlier runs to: replaced-1, replaced-2, ...
@@ -83,10 +84,10 @@ class Workdir:
             ) from error
 
     def _put_aside(self) -> None:
-        """Moves all that earlier runs left into a folder of its own."""
-        left = [file for file in self.path.iterdir() if file.name != LOCK and not file.name.startswith(f"{REPLACED}-")]
-        if not left:
+        """Moves all that an earlier run left into a folder of its own; a directory that is no run's stays as it is."""
+        if not any(os.path.lexists(self.path / name) for name in A_RUNS_OWN):
             return
+        left = [file for file in self.path.iterdir() if file.name != LOCK and not file.name.startswith(f"{REPLACED}-")]
         number = next(n for n in itertools.count(1) if not os.path.lexists(self.path / f"{REPLACED}-{n}"))
         aside = self.path / f"{REPLACED}-{number}"
         aside.mkdir()
@@ -112,7 +113,7 @@ class Workdir:
         file = self.path / "summary.json"
         if not os.path.lexists(file):
             return None
-        return read_json(file, self._summary, "move it away to have it made again.")
+        return read_json(file, self._summary, "move it away, and it is made again from the checkpoints.")
 
     def finish(self, summary: dict, draw: Callable[[], None]) -> None:
         """Draws the pictures and writes summary.json, the mark of a finished run.

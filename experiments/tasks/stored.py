@@ -66,7 +66,8 @@ def load_growth(path: Path, asked: Mapping[str, Any]) -> dict[int, dict[str, Any
     found = read_json(file, schemas.GrowthFile, "move it away, and it is measured again.")
     if any(found.get(name) != value for name, value in asked.items()):
         return {}
-    return {row["tasks"]: row for row in found["rows"]}
+    whole = (row for row in found["rows"] if row["tasks"] == 1 or {"one_shot", "binary"} <= set(row))
+    return {row["tasks"]: row for row in whole}
 
 
 def write_artifact(file: Path, weights: Tree, seed: int, about: Mapping[str, Any], packed: Sequence[np.ndarray]) -> int:

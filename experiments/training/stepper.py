@@ -176,8 +176,9 @@ class OnDevice:
             function = sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out)
             self._compiled[kind] = function.lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
-            self.memory = max(self.memory, memory_of(self._compiled[kind]))
-            require_memory(self.memory, self._placement.mesh.local_devices[0])
+            if not self.memory:  # later, what is held for the next step does not count as free
+                self.memory = memory_of(self._compiled[kind])
+                require_memory(self.memory, self._placement.mesh.local_devices[0])
         return self._compiled[kind]
 
 

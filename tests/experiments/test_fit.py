@@ -360,6 +360,12 @@ def test_a_restarted_run_begins_anew_and_keeps_what_was_there(tmp_path):
     assert without_times(fit(small(tmp_path))) == without_times(first)  # which is read, not trained again
 
 
+def test_a_directory_that_is_no_runs_is_left_as_it_is(tmp_path):
+    (tmp_path / "notes.txt").write_text("the user's")
+    Workdir(tmp_path, SETTINGS, "digest", restart=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "config.json", "notes.txt"]
+
+
 def test_a_line_that_is_no_record_is_named(tmp_path):
     workdir = Workdir(tmp_path, SETTINGS, "digest")
     workdir.append({"epoch": 0, "step": 0})
@@ -408,7 +414,7 @@ def test_a_summary_without_its_figures_is_damaged(tmp_path):
     workdir = Workdir(tmp_path, SETTINGS, "digest")
     (tmp_path / "summary.json").write_text('{"seed": 1}')
     with pytest.raises(
-        UserError, match=r"damaged \(Object missing required field `method`\); move it away to have it made again"
+        UserError, match=r"damaged \(Object missing required field `method`\); move it away, and it is made again"
     ):
         workdir.summary()
 

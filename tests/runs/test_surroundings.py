@@ -13,6 +13,7 @@ import pytest
 from experiments.run import surroundings
 from experiments.run.command_line import run
 from experiments.run.errors import UserError
+from experiments.run.interrupt import Interrupted
 from experiments.run.placement import Placement
 from experiments.training.stepper import memory_of
 
@@ -75,6 +76,16 @@ def test_memory_that_does_not_suffice_is_one_paragraph_and_other_failures_keep_t
     assert ended.value.code == 1 and err.startswith("error: the memory does not suffice (") and " y" not in err
     with pytest.raises(RuntimeError, match="something else"):
         run(fail, lambda *_: RuntimeError("something else"), "python -m experiments.mnist", [])
+
+
+def test_the_command_that_resumes_does_not_restart(capsys):
+    def stopped(_):
+        raise Interrupted("stopped by a signal.")
+
+    with pytest.raises(SystemExit) as ended:
+        run(stopped, lambda *_: None, "python -m experiments.mnist", ["--restart", "--seed", "3"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 3 and err.endswith("-m experiments.mnist --seed 3\n")
 
 
 def test_a_step_that_needs_more_memory_than_is_free_is_refused_before_it_runs(tmp_path, monkeypatch):
