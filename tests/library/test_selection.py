@@ -99,7 +99,7 @@ def test_many_layers_of_one_shape_get_the_masks_they_get_alone():
 
 def test_the_program_does_not_grow_with_the_number_of_small_layers_of_one_shape():
     def searches(layers):
-        scores = {str(i): jnp.ones((13, 11)) for i in range(layers)}
+        scores = {str(i): jnp.ones((13, 11), jnp.float32) for i in range(layers)}
         program = str(jax.make_jaxpr(lambda s: sm.layerwise_masks(s, 0.3))(scores))
         return program.count("dot_general")  # which counts the keys of an array
 
