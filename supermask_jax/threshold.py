@@ -25,7 +25,7 @@ from jax import lax
 INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
 EXACT_IN_FLOAT32 = 2**24
 SAMPLE = 2**9  # keys per group that guide the search
-SMALL = 2**16  # keys of a layer that costs less by itself than the program that ranks it
+SMALL = 2**16  # keys of the largest layers that are ranked in a stack with others of their shape
 
 
 def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:

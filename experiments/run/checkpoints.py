@@ -46,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, path: Path):
         self._path = path.absolute()
-        self._marks = self._path.with_name(f".saved-{path.name}"), self._path / SAVED
+        self._marks = _mark(self._path), self._path / SAVED
         if processes.is_first():
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,6 @@ class Checkpoints:
                     f"{path} cannot hold checkpoints ({error.strerror}). " + ways_out("Move it away")
                 ) from error
         processes.meet()
-
-    def discard(self) -> None:
-        """Removes the checkpoints of a run that needs none any more."""
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._marks[0].unlink(missing_ok=True)
 
     @property
     def _was_saved(self) -> bool:
@@ -161,6 +156,17 @@ class Checkpoints:
         """Removes a checkpoint; if it is interrupted, what is left does not pass for one."""
         left = (self._path / str(step)).rename(self._path / f"{step}{UNFINISHED}")
         shutil.rmtree(left)
+
+
+def discard(path: Path) -> None:
+    """Removes the directory of checkpoints of a run that needs none any more, and its mark."""
+    shutil.rmtree(path, ignore_errors=True)
+    _mark(path).unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> Path:
+    """The file beside a directory of checkpoints that says that there has been one."""
+    return path.with_name(f".saved-{path.name}")
 
 
 def _reason(error: Exception) -> str:

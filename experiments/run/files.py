@@ -82,9 +82,12 @@ def naming(file: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Brings a file, or the names in a directory, to the disk: nothing else is sure to outlive a loss of power."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no directory
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return  # one that may be entered, not listed; and Windows opens none
+        raise
     try:
         os.fsync(handle)
     except OSError as error:

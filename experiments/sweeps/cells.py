@@ -14,7 +14,7 @@ from experiments.config.run import Run, named
 from experiments.config.sections import Data
 from experiments.config.settings import changed, flat, neutral, refuse_unread
 from experiments.data.source import Dataset
-from experiments.run.checkpoints import Checkpoints
+from experiments.run.checkpoints import discard
 from experiments.run.display import show_warning
 from experiments.run.errors import Diverged, Infeasible, InUse, UserError
 from experiments.run.files import write_json
@@ -85,7 +85,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dat
                 shown.left_out(labels, config.seed, error)
                 continue
             if fresh:
-                Checkpoints(path / "checkpoints").discard()  # the summary is what a sweep needs
+                discard(path / "checkpoints")  # the summary is what a sweep needs
             row = {**labels, "seed": config.seed}
             row |= {name: summary[name] for name in sorted((FIGURES | ASSESSED) & set(summary))}
             rows.append(row)

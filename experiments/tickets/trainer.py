@@ -18,7 +18,7 @@ from experiments.config.tickets import Lottery
 from experiments.data.batches import hold_out
 from experiments.data.source import Dataset
 from experiments.run import schemas
-from experiments.run.checkpoints import Checkpoints
+from experiments.run.checkpoints import Checkpoints, discard
 from experiments.run.errors import DataError
 from experiments.run.files import read_arrays, read_json, write_arrays, write_json
 from experiments.run.interrupt import Interrupted
@@ -148,7 +148,7 @@ class Trainer:
             write_json(report, record)  # last: it marks the network as finished
             if self._stop_requested():
                 raise Interrupted(f"stopped by a signal, after {candidate.name} was finished in {self._workdir.path}.")
-        Checkpoints(checkpoints).discard()
+        discard(checkpoints)
         record = read_json(report, schemas.Trained, "move it away, and this network is trained again.")
         return Trained(record, None if candidate.is_control else _restored(candidate.start, read_arrays(arrays)))
 

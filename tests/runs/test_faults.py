@@ -211,6 +211,20 @@ def test_checkpoints_that_were_there_and_are_gone_are_an_error(tmp_path):
         workdir.checkpoints()
 
 
+def test_a_directory_that_may_be_entered_but_not_listed_holds_a_run(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    opens = os.open
+
+    def refuse(path, *rest, **more):
+        if str(path) == str(tmp_path):  # as for a user who is not root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opens(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    Workdir(tmp_path / "inner", SETTINGS, "digest").append({"epoch": 0, "step": 0})
+    assert len(Workdir(tmp_path / "inner", SETTINGS, "digest").records()) == 1
+
+
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     workdir = tmp_path / "run"
     saved_twice(workdir / "checkpoints")
