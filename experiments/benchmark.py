@@ -1,7 +1,7 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
 With --cifar, it measures the networks of CIFAR-10 instead; with --scaling, what several devices cost; with --inference,
-the inference of masked networks.
+the inference of masked networks; with --faults, how many runs survive what is done to them.
 Figures are ratios within one run, because absolute times differ between machines and from day to day.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config.flags import parser
+from experiments.config.limits import counts
 from experiments.run import command_line
 from experiments.run.errors import UserError, require
 
@@ -30,31 +31,36 @@ class Config:
     skip_torch: bool = False
     """Leave PyTorch out; it is also left out where it is not installed."""
     scaling: bool = False
-    """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, the bytes that a step moves
-    between them, and the faults that a run survives. The batch sizes are not used."""
+    """Measure what several devices cost instead: steps per second of 1 to 8 fake devices, and the bytes that a step
+    moves between them. The batch sizes are not used."""
     inference: bool = False
     """Measure inference instead: of networks trained by edge-popup and by gradual pruning at several densities, dense,
     compacted and with sparse matrices. The batch sizes are not used."""
-    soak_seconds: int = 15
-    """With --scaling, how long a run is watched that saves once a second."""
+    faults: bool = False
+    """Do harm to real runs instead: kill them, fill their disks, damage their files, and count those that end with the
+    right bits or the right error. Takes half an hour."""
+    kills: int = 12
+    """With --faults, how many runs are killed; five times as many directories are damaged, as many flags tried."""
+    soak_seconds: int = 60
+    """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it."""
     output: str | None = None
-    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json or inference.json there]"""
+    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json or
+    faults.json there]"""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
         require(
             self,
-            ("rounds", self.rounds >= 1, "1 or more"),
-            ("soak_seconds", self.soak_seconds >= 1, "1 or more"),
-            ("batch_sizes", min(self.batch_sizes, default=0) >= 1, "1 or more each"),
+            *counts(self, "rounds", "kills", "soak_seconds", "batch_sizes"),
+            ("batch_sizes", len(self.batch_sizes) >= 1, "one or more"),
         )
-        if self.scaling + self.inference + self.cifar > 1:
-            raise UserError("--cifar, --scaling and --inference measure different things: give one of them.")
+        if self.scaling + self.inference + self.cifar + self.faults > 1:
+            raise UserError("--cifar, --scaling, --inference and --faults exclude each other: give one of them.")
 
     @property
     def measures(self) -> str:
         """What is measured; the name of the file."""
-        kinds = {"scaling": self.scaling, "inference": self.inference, "cifar": self.cifar}
+        kinds = {"scaling": self.scaling, "inference": self.inference, "cifar": self.cifar, "faults": self.faults}
         return next((kind for kind, chosen in kinds.items() if chosen), "benchmark")
 
 
@@ -63,6 +69,7 @@ def main(config: Config) -> dict:
     from rich.console import Console  # here, so that --help answers at once
 
     from experiments.bench import inference, one_device, rows, scaling, torch_steps
+    from experiments.faults import table
     from experiments.run import files
 
     file = Path(config.output or f"runs/benchmark/{config.measures}.json")
@@ -70,11 +77,15 @@ def main(config: Config) -> dict:
         raise UserError(f"{file} is a directory; name a file with --output.")
     file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(file=sys.stdout)
-    skips_torch = config.skip_torch or config.scaling or config.inference
+    skips_torch = config.skip_torch or config.scaling or config.inference or config.faults
     no_torch = "skipped" if skips_torch else torch_steps.why_no_torch()
     about = rows.about(config, no_torch)
     if config.scaling:
-        measured = scaling.measure_all(config.rounds, config.soak_seconds, console.status)
+        with console.status("several devices: minutes"):
+            figures = scaling.measure(config.rounds)
+        measured = {"rows": scaling.rows(figures), **figures}
+    elif config.faults:
+        measured = table.measure(config.kills, config.soak_seconds, console.status)
     elif config.inference:
         measured = inference.measure(config.rounds, console.status)
         print(inference.results_table(measured))

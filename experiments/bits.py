@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.config.flags import parser
+from experiments.config.limits import counts
 from experiments.config.registry import DISTRIBUTIONS, METHODS, MODELS
 from experiments.config.sections import Data, Model
 from experiments.config.settings import flat
@@ -58,9 +59,7 @@ class Config:
             ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
             ("distributions", len(self.distributions) >= 1, "one or more distributions"),
             ("dtypes", len(self.dtypes) >= 1, "one or more number formats"),
-            ("widths", all(w >= 1 for w in self.widths), "1 or more each"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("epochs", self.epochs >= 1, "1 or more"),
+            *counts(self, "widths", "seeds", "epochs"),
         )
         self.model.check()
         self.data.check()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.config.flags import parser
+from experiments.config.limits import counts
 from experiments.config.registry import METHODS
 from experiments.config.sections import Data, Evaluation, Model
 from experiments.config.settings import flat
@@ -43,8 +44,7 @@ class Config:
             self,
             ("methods", len(self.methods) >= 1, "one or more methods"),
             ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("epochs", self.epochs >= 1, "1 or more"),
+            *counts(self, "seeds", "epochs"),
         )
         for section in (self.model, self.evaluation, self.data):
             section.check()

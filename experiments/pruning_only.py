@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.config.flags import parser
+from experiments.config.limits import counts
 from experiments.config.sections import Data
 from experiments.config.settings import flat
 from experiments.run import command_line
@@ -52,9 +53,7 @@ class Config:
             ("families", len(self.families) >= 1, "one or more families"),
             ("construction_widths", all(1 <= w <= 32 for w in self.construction_widths), "each in [1, 32]"),
             ("density", 0 < self.density < 1, "the fraction kept, in (0, 1)"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("epochs", self.epochs >= 1, "1 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
+            *counts(self, "seeds", "epochs", "batch_size"),
         )
         self.data.check()
 

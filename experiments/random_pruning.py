@@ -11,6 +11,7 @@ from typing import Literal
 
 from experiments.config import sized
 from experiments.config.flags import parser
+from experiments.config.limits import MOST_RATE, counts
 from experiments.config.registry import DISTRIBUTIONS, METHODS
 from experiments.config.sections import Data, Evaluation
 from experiments.config.settings import flat
@@ -78,14 +79,8 @@ class Config:
         require(
             self,
             ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
-            ("width", self.width >= 1, "1 or more"),
-            ("depth", self.depth >= 1, "1 or more"),
-            ("widths", all(w >= 1 for w in self.widths), "1 or more each"),
-            ("depths", all(d >= 1 for d in self.depths), "1 or more each"),
-            ("seeds", self.seeds >= 1, "1 or more"),
-            ("epochs", self.epochs >= 1, "1 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("learning_rate", 0 < self.learning_rate < float("inf"), "above 0, and finite"),
+            *counts(self, "width", "depth", "widths", "depths", "seeds", "epochs", "batch_size"),
+            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
         )
         sizes = {self.depth, *self.depths}
         if self.model == sized.RESNET and not sizes <= set(sized.RESNET_DEPTHS):

@@ -85,8 +85,14 @@ def about(config, no_torch: str | None) -> dict:
 
 
 def show(console: Console, result: dict) -> None:
-    """Prints the rows as a table of 80 columns with a section for each group, then the faults if there are any."""
+    """Prints the faults if there are any, or the rows as a table of 80 columns with a section for each group."""
     about = result["about"]
+    if "faults" in result:
+        table = Table("fault", "tries", "survived", title="faults that a run survives")
+        for fault in result["faults"]:
+            table.add_row(fault["fault"], str(fault["tries"]), str(fault["survived"]))
+        console.print(table)
+        return
     table = Table(title=f"{about['device']}, {about['cores']} cores, {about['config']['rounds']} rounds")
     for column, justify in (("", "left"), ("median", "right"), ("min - max", "right"), ("target", "left")):
         table.add_column(column, justify=justify)
@@ -99,11 +105,6 @@ def show(console: Console, result: dict) -> None:
             spread = "" if line["min"] == line["max"] else f"{low} - {high}"
             table.add_row(line["name"], f"{median} {line['unit']}", spread, verdict)
     console.print(table)
-    if "faults" in result:
-        table = Table("fault", "tries", "survived", title="faults that a run survives")
-        for fault in result["faults"]:
-            table.add_row(fault["fault"], str(fault["tries"]), str(fault["survived"]))
-        console.print(table)
     console.print("A ratio is the median of the rounds' own ratios. torch:", about["torch"], highlight=False)
 
 

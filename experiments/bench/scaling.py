@@ -9,14 +9,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from pathlib import Path
 
 import numpy as np
 
-from experiments.bench import faults
 from experiments.bench.rows import row
 from experiments.bench.scaling_step import LAYOUTS, SPEED_NET, passes, speed, traffic
 
@@ -54,27 +50,6 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
     if done.returncode:
         raise RuntimeError(f"{task.__name__} on {devices} fake devices failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_all(rounds: int, soak_seconds: float, status: Callable[[str], AbstractContextManager]) -> dict:
-    """Measures the steps on several devices, then does harm to real runs.
-
-    Args:
-      rounds: times that each candidate is measured.
-      soak_seconds: how long a run is watched that saves once a second.
-      status: shows what is being measured, as a context manager.
-
-    Returns:
-      "rows": the table. "traffic", "passes", "speed": what it was made from. "faults": what the runs survived.
-    """
-    with status("several devices: minutes"):
-        measured = measure(rounds)
-    with status("faults: minutes"), tempfile.TemporaryDirectory() as scratch:
-        survived = [
-            {"fault": fault.fault, "tries": fault.tries, "survived": fault.survived}
-            for fault in faults.table(Path(scratch), soak_seconds)
-        ]
-    return {"rows": rows(measured), **measured, "faults": survived}
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from figures that `scaling` measured and from the formulae of `cost_model`."""
+"""The tables of docs/scaling.md and docs/running.md, from figures of the benchmark and the formulae of `cost_model`."""
 
 import math
 import re
@@ -22,9 +22,10 @@ def with_tables(text: str, measured: dict) -> str:
 
     Args:
       text: the document.
-      measured: what `scaling.measure` returns.
+      measured: what `scaling.measure` returns; or what the benchmark writes with --faults.
     """
     tables = {
+        "faults": faults_table,
         "traffic": traffic_table,
         "selection": selection_table,
         "speed": speed_table,
@@ -32,6 +33,12 @@ def with_tables(text: str, measured: dict) -> str:
         "wide-resnet-50": lambda measured: cost_table("wide-resnet-50", measured),
     }
     return TABLE.sub(lambda match: match[1] + tables[match[2]](measured) + match[3], text)
+
+
+def faults_table(measured: dict) -> str:
+    """What was done to runs, how often, and how many survived."""
+    lines = [(fault["fault"], f"{fault['survived']:,} of {fault['tries']:,}") for fault in measured["faults"]]
+    return table(("fault", "survived"), lines)
 
 
 def traffic_table(measured: dict) -> str:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from experiments.config.limits import counts
 from experiments.config.registry import DISTRIBUTIONS, METHODS
 from experiments.config.sections import (
-    MAX_EPOCHS,
     Augment,
     Data,
     Evaluation,
@@ -57,7 +57,7 @@ class Run:
         require(
             self,
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
-            ("epochs", 1 <= self.epochs <= MAX_EPOCHS, f"in [1, {MAX_EPOCHS:,}]"),
+            *counts(self, "epochs"),
         )
         for section in (self.masks, self.model, self.init, self.optim, self.augment, self.data):
             section.check()

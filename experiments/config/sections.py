@@ -8,11 +8,9 @@ program did before it: see `experiments.config.settings`.
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.config.limits import MOST, MOST_RATE, counts
 from experiments.config.registry import DATASETS, DISTRIBUTIONS, INITIALIZERS, METHODS, MODELS, OPTIMIZERS
 from experiments.run.errors import UserError, require
-
-MAX_EPOCHS = 10**6
-MAX_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Masks:
             ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
             ("rounds", self.rounds >= 0, "1 or more, or 0 for the usual number"),
             ("minimum", self.minimum >= 0, "0 or more weights"),
-            ("update_every", self.update_every >= 1, "1 or more steps"),
+            *counts(self, "update_every"),
             ("drop_fraction", 0 < self.drop_fraction <= 1, "the part of the kept weights, in (0, 1]"),
         )
         if self.unit == "neuron" and (self.method != "edge-popup" or self.distribution != "uniform"):
@@ -88,8 +86,7 @@ class Model:
         """Raises UserError on a setting out of range."""
         require(
             self,
-            ("width", self.width >= 1, "1 or more"),
-            ("depth", self.depth >= 1, "1 or more"),
+            *counts(self, "width", "depth"),
             ("widen", 0 < self.widen <= 64, "above 0, at most 64"),
         )
 
@@ -144,14 +141,14 @@ class Optim:
         """Raises UserError on a setting out of range."""
         require(
             self,
-            ("batch_size", 1 <= self.batch_size <= MAX_BATCH, f"in [1, {MAX_BATCH:,}]"),
-            ("learning_rate", 0 < self.learning_rate < float("inf"), "above 0, and finite"),
+            *counts(self, "batch_size"),
+            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("drop_at", all(0 < part < 1 for part in self.drop_at), "parts of the training, in (0, 1)"),
             ("final_rate", 0 < self.final_rate <= 1, "in (0, 1]"),
-            ("warmup_epochs", 0 <= self.warmup_epochs <= MAX_EPOCHS, "0 or more epochs"),
+            ("warmup_epochs", 0 <= self.warmup_epochs <= MOST["epochs"], "0 or more epochs"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, and finite"),
+            ("weight_decay", 0 <= self.weight_decay <= MOST_RATE, f"in [0, {MOST_RATE:,.0f}]"),
         )
         if bool(self.drop_at) != (self.schedule == "steps"):
             raise UserError("--drop-at and --schedule steps go together: name the parts of the training, 0.5 0.75 say.")
@@ -240,7 +237,7 @@ class Output:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
-        require(self, ("checkpoint_every", self.checkpoint_every >= 1, "1 or more steps"))
+        require(self, *counts(self, "checkpoint_every"))
 
 
 @dataclass(frozen=True)

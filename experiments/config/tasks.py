@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from experiments.config.limits import MOST_RATE, counts
 from experiments.config.registry import METHODS
-from experiments.config.sections import MAX_EPOCHS, Data, Optim
+from experiments.config.sections import Data, Optim
 from experiments.config.settings import changed, flat, without_unread
 from experiments.run.errors import UserError, require
 
@@ -78,12 +79,9 @@ class ManyTasks:
             self,
             ("tasks", 1 <= self.tasks <= MOST_TASKS, f"in [1, {MOST_TASKS:,}]"),
             ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
-            ("width", self.width >= 1, "1 or more"),
-            ("depth", self.depth >= 1, "1 or more"),
-            ("outputs", self.outputs >= 2, "2 or more"),
-            ("epochs", 1 <= self.epochs <= MAX_EPOCHS, f"in [1, {MAX_EPOCHS:,}]"),
-            ("inferred_images", self.inferred_images >= 1, "1 or more"),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0, and finite"),
+            *counts(self, "width", "depth", "epochs", "inferred_images"),
+            *counts(self, "outputs", least=2),
+            ("temperature", 0 < self.temperature <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
         )
         self.optim.check()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from experiments.config.limits import counts
 from experiments.config.registry import CRITERIA, DATASETS
 from experiments.config.sections import Augment, Data, Init, Model, Optim, Output
 from experiments.config.settings import changed, flat
@@ -79,16 +80,13 @@ class Tickets:
         """Raises UserError on a setting out of range, or on settings that exclude each other."""
         require(
             self,
-            ("rounds", self.rounds >= 1, "1 or more"),
+            *counts(self, "rounds", "steps", "trials", "eval_every"),
             ("fraction", 0 < self.fraction < 1, "the part of what is left that a round removes, in (0, 1)"),
             ("conv_fraction", _is_fraction(self.conv_fraction), "the part that a round removes, in (0, 1)"),
             ("density", self.density is None or 0 < self.density < 1, "the fraction kept, in (0, 1)"),
-            ("steps", self.steps >= 1, "1 or more"),
             ("rewind_step", 0 <= self.rewind_step < self.steps, f"in [0, {self.steps}), the number of --steps"),
             ("layer_minimum", self.layer_minimum >= 0, "0 or more weights"),
             ("prune_at", 0 < self.prune_at <= 1, "a part of training, in (0, 1]"),
-            ("trials", self.trials >= 1, "1 or more"),
-            ("eval_every", self.eval_every >= 1, "1 or more steps"),
         )
         for wrong, says in (
             (

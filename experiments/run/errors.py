@@ -7,8 +7,11 @@ class UserError(Exception):
     """What the user can correct: bad input, missing data, a full disk. The message says how."""
 
 
-def require(config, *rules: tuple[str, bool, str]) -> None:
-    """Raises UserError for the first rule (setting, whether it is valid, what it must be) that a config breaks."""
+Rule = tuple[str, bool, str]  # a setting, whether it is valid, what it must be
+
+
+def require(config, *rules: Rule) -> None:
+    """Raises UserError for the first rule that a config breaks."""
     for name, valid, says in rules:
         if not valid:
             raise UserError(f"--{name.replace('_', '-')} must be {says}; got {getattr(config, name)}.")

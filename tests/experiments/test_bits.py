@@ -194,9 +194,9 @@ def test_small_networks_do_not_take_the_options_of_the_large_one():
         (["--methods"], "--methods must be one or more methods; got ()."),
         (["--distributions"], "--distributions must be one or more"),
         (["--dtypes"], "--dtypes must be one or more number formats"),
-        (["--widths", "0"], "--widths must be 1 or more each; got (0,)."),
-        (["--seeds", "0"], "--seeds must be 1 or more; got 0."),
-        (["--epochs", "0"], "--epochs must be 1 or more; got 0."),
+        (["--widths", "0"], "--widths must be in [1, 65,536] each; got (0,)."),
+        (["--seeds", "0"], "--seeds must be in [1, 1,000]; got 0."),
+        (["--epochs", "0"], "--epochs must be in [1, 1,000,000]; got 0."),
         (["--width", "8"], "nothing reads --width here"),
     ],
 )

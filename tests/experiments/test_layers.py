@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
 LAYERS = [
     {"command"},
-    {"sweeps", "tickets", "tasks", "bench", "reports"},
+    {"sweeps", "tickets", "tasks", "bench", "faults", "reports"},
     {"training"},
     {"data", "plots"},
     {"config"},
@@ -33,6 +33,7 @@ LIBRARIES = {
     "tasks": {"numpy", "jax", "optax", "rich"},
     "sweeps": {"numpy", "jax", "optax", "rich"},
     "reports": set(),
+    "faults": {"numpy", "jax", "orbax"},
     "bench": {"numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
 }
 

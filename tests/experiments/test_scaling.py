@@ -6,14 +6,16 @@ import re
 
 import pytest
 
-from experiments import benchmark, scaling_tables
-from experiments.bench import child_run, faults, hlo, networks, scaling, scaling_step, tables
+from experiments import benchmark, benchmark_tables
+from experiments.bench import hlo, networks, scaling, scaling_step, tables
 from experiments.bench.cost_model import CHIPS, Assumed, Network, collective_bytes, cost_model, most_passes, state_bytes
+from experiments.faults import child_run, damage, disks, inputs, power, soak, stops, surroundings, table
 from supermask_jax.threshold import SAMPLE
 
 DEVICES, BATCH = 8, 16
 SMALL, LARGE, NORMALISED = "mnist-convnet", "mlp", "tiny-resnet"  # 1.2 million scores, 25 million, and few
-FILES = scaling_tables.Config()
+FILES = benchmark_tables.Config()
+FAULTS = (child_run.Fault, child_run.Fault | None)
 COMPILED = [
     *((net, layout, BATCH) for net in (SMALL, LARGE, NORMALISED) for layout in ("replicated", "gathered")),
     (LARGE, "sharded", BATCH),
@@ -168,20 +170,50 @@ def test_a_child_that_fails_says_why():
 def test_the_scaling_flag_measures_that_and_nothing_else(monkeypatch, tmp_path, capsys):
     measured = {"traffic": [], "passes": {SMALL: {"normal": 9}}, "speed": {}}
     monkeypatch.setattr(scaling, "measure", lambda rounds: measured if rounds == 3 else None)
-    monkeypatch.setattr(faults, "table", lambda scratch, seconds: [child_run.Fault("flood", 7, seconds, [])])
     file = tmp_path / "scaling.json"
-    result = benchmark.main(benchmark.Config(rounds=3, scaling=True, soak_seconds=5, output=str(file)))
+    result = benchmark.main(benchmark.Config(rounds=3, scaling=True, output=str(file)))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
-    assert result.keys() == {"about", "rows", "faults", *measured}
-    told = capsys.readouterr().out
-    assert "9.00 passes" in told
-    assert re.search(r"flood\W+7\W+5\W", told) and result["faults"] == [{"fault": "flood", "tries": 7, "survived": 5}]
+    assert result.keys() == {"about", "rows", *measured}
+    assert "9.00 passes" in capsys.readouterr().out
 
 
-def test_the_tables_of_the_document_are_those_of_the_figures_and_formulae():
-    text, measured = FILES.document.read_text(), json.loads(FILES.figures.read_text())
-    assert text.count("<!-- table: ") == len(tables.TABLE.findall(text)) == 5
-    assert tables.with_tables(text, measured) == text, "run python -m experiments.scaling_tables"
+def test_the_faults_flag_does_harm_and_tells_what_survived(monkeypatch, tmp_path, capsys):
+    def flood(scratch):
+        assert scratch.is_dir()
+        return child_run.make_fault("flood", [{"survived": n > 2, "said": "blub"} for n in range(7)])
+
+    def all_faults(kills, soak_seconds):
+        assert (kills, soak_seconds) == (5, 9)
+        return [flood, lambda scratch: None]  # which cannot be done here
+
+    monkeypatch.setattr(table, "all_faults", all_faults)
+    file = tmp_path / "faults.json"
+    result = benchmark.main(benchmark.Config(faults=True, kills=5, soak_seconds=9, output=str(file)))
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    (seen,) = result["faults"]
+    assert (seen["fault"], seen["tries"], seen["survived"], len(seen["lost"])) == ("flood", 7, 4, 3)
+    assert "blub" in seen["lost"][0] and re.search(r"flood\W+7\W+4\W", capsys.readouterr().out)
+    assert "| flood | 4 of 7 |" in tables.with_tables("<!-- table: faults -->\n<!-- end -->", result)
+
+
+def test_every_fault_is_in_the_table_and_has_a_name_of_its_own():
+    faults = table.all_faults(kills=8, soak_seconds=60)
+    done = [(getattr(fault, "func", fault), getattr(fault, "keywords", {})) for fault in faults]
+    rooms = (damage, disks, inputs, power, soak, stops, surroundings)
+    public = [value for room in rooms for name, value in vars(room).items() if name[0] != "_"]
+    there = {each for each in public if getattr(each, "__annotations__", {}).get("return") in FAULTS}
+    assert {function for function, _ in done} == there - {child_run.make_fault}
+    assert sum(more["tries"] for function, more in done if function is stops.kills) == 8
+
+
+@pytest.mark.parametrize(
+    ("document", "figures", "number"), (("scaling.md", "scaling.json", 5), ("running.md", "faults.json", 1))
+)
+def test_the_tables_of_the_documents_are_those_of_the_figures_and_formulae(document, figures, number):
+    assert benchmark_tables.FIGURES_OF[document] == figures
+    text, measured = (FILES.documents / document).read_text(), json.loads((FILES.figures / figures).read_text())
+    assert text.count("<!-- table: ") == len(tables.TABLE.findall(text)) == number
+    assert tables.with_tables(text, measured) == text, "run python -m experiments.benchmark_tables"
 
 
 @pytest.mark.slow
@@ -189,7 +221,7 @@ def test_the_figures_of_the_document_are_those_of_the_compiled_step(compiled):
     """Of what is quick to compile and does not depend on the batch."""
     kept = {
         (one["network"], one["layout"]): one
-        for one in json.loads(FILES.figures.read_text())["traffic"]
+        for one in json.loads((FILES.figures / "scaling.json").read_text())["traffic"]
         if one["as_on_accelerators"]
     }
     for net in (SMALL, LARGE):

@@ -1,11 +1,13 @@
 """Sweeps of many small runs: every cell leaves its row, is trained once, and bad settings are refused at once."""
 
+import contextlib
 import inspect
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -562,7 +564,7 @@ def parsed(command, *flags):
         ("compare", ["--densities", "nan"], "got (nan,)"),
         ("compare", ["--densities"], "--densities must be"),
         ("compare", ["--methods"], "--methods must be one or more"),
-        ("compare", ["--seeds", "0"], "--seeds must be 1 or more; got 0."),
+        ("compare", ["--seeds", "0"], "--seeds must be in [1, 1,000]; got 0."),
         ("compare", ["--model", "mlp", "--width", "0"], "--width must be"),
         ("compare", ["--model", "mlp", "--depth", "0"], "--depth must be"),
         ("compare", ["--epochs", "-1"], "--epochs must be"),
@@ -572,11 +574,11 @@ def parsed(command, *flags):
         ("compare", ["--validation", "-1"], "--validation must be"),
         ("random_pruning", ["--densities", "1", "0.1"], "--densities must be fractions kept, in (0, 1)"),
         ("random_pruning", ["--densities", "0"], "got (0.0,)"),
-        ("random_pruning", ["--seeds", "0"], "--seeds must be 1 or more"),
-        ("random_pruning", ["--widths", "4", "0"], "--widths must be 1 or more each; got (4, 0)."),
+        ("random_pruning", ["--seeds", "0"], "--seeds must be in [1, 1,000]"),
+        ("random_pruning", ["--widths", "4", "0"], "--widths must be in [1, 65,536] each; got (4, 0)."),
         ("random_pruning", ["--depths", "0"], "--depths must be"),
         ("random_pruning", ["--batch-size", "0"], "--batch-size must be"),
-        ("random_pruning", ["--learning-rate", "inf"], "--learning-rate must be above 0, and finite; got inf."),
+        ("random_pruning", ["--learning-rate", "inf"], "--learning-rate must be above 0, at most 1,000,000; got inf."),
         ("random_pruning", ["--preset", "cifar", "--depths", "20", "21"], "a resnet has a --depth of 20, 32, 44"),
         ("random_pruning", ["--stream"], "nothing reads --stream here: it goes with --dataset folder."),
         (
@@ -628,6 +630,18 @@ def test_field_names_are_unique_and_defaults_can_be_run(command):
     names = [field.name for field in fields(COMMANDS[command].Config)]
     assert len(names) == len(set(names))
     assert parsed(command) == COMMANDS[command].Config()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_number_is_without_a_bound_but_for_numbers_of_images_which_the_data_bound(command):
+    numbers = [f.name for f in fields(COMMANDS[command].Config) if {int, float} & {f.type, *typing.get_args(f.type)}]
+    taken = []
+    for name in numbers:
+        for value in ("1000000000000", "1e300", "inf", "nan"):
+            with contextlib.suppress(UserError, SystemExit):
+                parsed(command, f"--{name.replace('_', '-')}", value)
+                taken.append(name)
+    assert len(numbers) > 2 and set(taken) <= {"train_images", "validation"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

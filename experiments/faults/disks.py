@@ -1,4 +1,4 @@
-"""Harm done to the files of training runs: disks that are full, checkpoints that are damaged. See `faults`."""
+"""Harm done to the files of training runs: disks that are full, checkpoints that are damaged. See `stops`."""
 
 import random
 import re
@@ -6,51 +6,54 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.bench.child_run import (
-    EPOCHS,
-    EVERY,
+from experiments.faults.child_run import (
+    MNIST,
     ChildRun,
     Fault,
+    Job,
     begun,
     differences,
     finished,
+    is_an_error,
     make_fault,
     results,
     resumed_to_the_end,
     saved,
     undisturbed,
 )
-from experiments.bench.small_disk import KINDS, Disk, small_disk
+from experiments.faults.small_disk import KINDS, Disk, small_disk
 
 
-def full_disk(scratch: Path, kinds: tuple[str, ...] = KINDS) -> Fault:
+def full_disk(scratch: Path, kinds: tuple[str, ...] = KINDS, job: Job = MNIST) -> Fault:
     """No room for a checkpoint, for part of one, for a line of metrics, for the pictures; then there is room again.
 
     Args:
       scratch: a directory for the runs.
       kinds: the ways to make a small disk, as in `small_disk`.
+      job: what is run.
     """
-    expected = undisturbed(scratch)
-    with small_disk(scratch / "disk", kinds) as disk:
-        details = _starved_again_and_again(scratch, disk, expected)
+    expected = undisturbed(scratch, job=job)
+    with small_disk(scratch / f"disk-{job.name}", kinds) as disk:
+        details = _starved_again_and_again(scratch, disk, expected, job)
     differs = [name for now in details for name in now.get("differs", [])]
     for number, now in enumerate(details):
         now["next"] = next((after["resumed"] for after in details[number + 1 :] if after["resumed"]), None)
-        stopped = now.get("status") == 1 and "error: " in now["output"] and "Traceback" not in now["output"]
+        stopped = now.get("status") == 1 and is_an_error(now["output"])
         now["survived"] = stopped and now["next"] == now["saved"][-1] > 0 and not differs
-    return make_fault("full disk", [now for now in details if "place" in now])
+    name = "a full disk" + (", two processes" if job.processes > 1 else "")
+    return make_fault(name, [now for now in details if "place" in now])
 
 
-def _starved_again_and_again(scratch: Path, disk: Disk, expected: dict) -> list[dict]:
+def _starved_again_and_again(scratch: Path, disk: Disk, expected: dict, job: Job) -> list[dict]:
     """Details of one run that comes upon the full disk at one place after the other."""
     workdir, seen = disk.path / "run", disk.seen / "run"
-    flags = ("--epochs", str(EPOCHS), "--checkpoint-every", str(EVERY))
+    flags = ("--epochs", str(job.epochs), "--checkpoint-every", str(job.every))
 
     def starved(place: str, free: int, until: Callable[[ChildRun], object] | None) -> dict:
         if not until:  # or the run would make room by removing a save that was not finished
             for left in (seen / "checkpoints").glob("*tmp*"):
                 shutil.rmtree(left)
-        with ChildRun(scratch, workdir, *flags, prefix=disk.prefix) as run:
+        with ChildRun(scratch, workdir, *flags, job=job, prefix=disk.prefix) as run:
             if until:
                 run.wait_for(lambda: until(run))
             disk.fill(run, free)
@@ -59,7 +62,7 @@ def _starved_again_and_again(scratch: Path, disk: Disk, expected: dict) -> list[
         return {"place": place, "status": status, "output": output, "saved": saved(seen), "resumed": run.resumed()}
 
     def resumed() -> dict:
-        with ChildRun(scratch, workdir, *flags, prefix=disk.prefix) as run:
+        with ChildRun(scratch, workdir, *flags, job=job, prefix=disk.prefix) as run:
             run.ended()
         return {"resumed": run.resumed(), "differs": differences(results(seen), expected)}
 
@@ -81,7 +84,7 @@ def cut_checkpoint(scratch: Path, tries: int = 2, seed: int = 0) -> Fault:
       tries: how many runs lose their last checkpoint.
       seed: of the files and the places in them.
     """
-    return _damaged("checkpoint cut short", scratch, "cut", tries, seed, lambda b, at, rng: b[:at])
+    return _damaged("a checkpoint that is cut short", scratch, "cut", tries, seed, lambda b, at, rng: b[:at])
 
 
 def noisy_checkpoint(scratch: Path, tries: int = 2, seed: int = 0) -> Fault:
@@ -93,7 +96,7 @@ def noisy_checkpoint(scratch: Path, tries: int = 2, seed: int = 0) -> Fault:
     def change(content: bytes, at: int, rng: random.Random) -> bytes:
         return content[:at] + rng.randbytes(16) + content[at + 16 :]
 
-    return _damaged("checkpoint overwritten with noise", scratch, "noisy", tries, seed, change)
+    return _damaged("a checkpoint with 16 bytes of noise", scratch, "noisy", tries, seed, change)
 
 
 def _damaged(name: str, scratch: Path, short: str, tries: int, seed: int, change: Callable) -> Fault:
@@ -104,7 +107,7 @@ def _damaged(name: str, scratch: Path, short: str, tries: int, seed: int, change
     for number in range(tries):
         workdir = shutil.copytree(original, scratch / f"{short}-{number}")
         files = [_damage(workdir / "checkpoints" / str(last), change, rng, largest=number == 0)]
-        seen = resumed_to_the_end(scratch, workdir, expected, "--checkpoint-every", str(EVERY))
+        seen = resumed_to_the_end(scratch, workdir, expected, "--checkpoint-every", str(MNIST.every))
         warned = (
             f"cannot read the checkpoint at step {last}" in seen["output"]
             and re.search(rf"resumes from step {before}\b", seen["output"]) is not None
@@ -114,8 +117,8 @@ def _damaged(name: str, scratch: Path, short: str, tries: int, seed: int, change
     workdir = shutil.copytree(original, scratch / f"{short}-all")
     files = [_damage(workdir / "checkpoints" / str(step), change, rng) for step in saved(workdir)]
     metrics = (workdir / "metrics.jsonl").read_bytes()
-    run = finished(scratch, workdir, "--epochs", str(EPOCHS))
-    refused = run.ended() == 1 and "no checkpoint in" in run.output() and "Traceback" not in run.output()
+    run = finished(scratch, workdir, "--epochs", str(MNIST.epochs))
+    refused = run.ended() == 1 and "no checkpoint in" in run.output() and is_an_error(run.output())
     untouched = (workdir / "metrics.jsonl").read_bytes() == metrics and saved(workdir) == saved(original)
     seen = {"files": files, "all": True, "status": run.ended(), "output": run.output(), "resumed": run.resumed()}
     details.append({**seen, "survived": refused and untouched})

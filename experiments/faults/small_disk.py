@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.bench.child_run import ROOT, ChildRun
+from experiments.faults.child_run import ROOT, ChildRun
 
 ROOM = 8 * 2**20  # bytes
 KINDS = ("mount", "namespace", "limit")
@@ -26,7 +26,8 @@ class Disk(NamedTuple):
         """Leaves the run, which may have started, about so many bytes."""
         if self.limits:
             free = max(free, 2**14)  # the run's output counts too
-            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (free, free))
+            for process in run.processes:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (free, free))
             return
         with open(self.seen / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
