@@ -77,6 +77,45 @@ CIFAR: Recipes = {
     **{("paper", name): {**_CIFAR_PRUNED_PAPER, "distribution": "global"} for name in SALIENCIES},
 }
 
+# configs/largescale of the released code of Ramanujan et al. 2020. Its photographs are cropped at random as they are
+# decoded. The rate is for batches of 256.
+_IMAGENET_PAPER = {
+    "epochs": 100,
+    "batch_size": 256,
+    "learning_rate": 0.256,
+    "schedule": "cosine-epoch",
+    "warmup_epochs": 5.0,
+    "momentum": 0.875,
+    "weight_decay": 3.0517578125e-05,
+    "label_smoothing": 0.1,
+    "checkpoint_every": 5000,
+}
+# Liu et al. 2022, Wide ResNet-50: appendix for the settings, and the README of the released code for the rest.
+_IMAGENET_PRUNED = {
+    "init": "kaiming-normal",
+    "affine": True,
+    "batch_size": 768,
+    "learning_rate": 0.4,
+    "schedule": "steps",
+    "warmup_epochs": 5.0,
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.1,
+    "checkpoint_every": 1000,
+}
+
+IMAGENET: Recipes = {
+    ("paper", "edge-popup"): {**_IMAGENET_PAPER, "density": 0.3},
+    ("paper", "dense"): {**_IMAGENET_PAPER, "init": "kaiming-normal", "affine": True},
+    ("random-pruning", "random"): {
+        **_IMAGENET_PRUNED,
+        "epochs": 100,
+        "drop_at": (0.3, 0.6, 0.9),
+        "density": 0.3,
+        "distribution": "erk+",
+    },
+    ("random-pruning", "dense"): {**_IMAGENET_PRUNED, "epochs": 90, "drop_at": (30 / 90, 60 / 90, 80 / 90)},
+}
+
 # Frankle & Carbin 2019, figure 2, as a replication and the released code of Zhou et al. 2019 have it: Adam, batches of
 # 60, Glorot weights, the output layer at half the rate of dense layers. The number of rounds on CIFAR-10 is ours.
 _TICKETS = {"rounds": 20, "trials": 5, "checkpoint_every": 10_000}

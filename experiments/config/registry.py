@@ -58,6 +58,7 @@ DATASETS: Mapping[str, Entry] = {
     "colour-digits-5k": Entry("experiments.data.colour_digits:colour_digits_5k"),
     "idx": Entry("experiments.data.mnist:idx"),
     "folder": Entry("experiments.data.folder:folder", reads=("stream",)),
+    "imagenet": Entry("experiments.data.imagenet:imagenet", reads=("image_size", "crop", "skip_corrupt")),
 }
 
 _ZOO = "supermask_jax.models.zoo"
@@ -72,6 +73,8 @@ MODELS: Mapping[str, Entry] = {
         for depth in (20, 32, 44, 56, 110)
     },
     "resnet-18": Entry(f"{_ZOO}:small_resnet_18", ("affine", "widen")),
+    "resnet18": Entry(f"{_ZOO}:resnet_18", ("affine",)),
+    "resnet50": Entry(f"{_ZOO}:resnet_50", ("affine",)),
     **{f"vgg-{depth}": Entry(f"{_ZOO}:vgg", ("affine", "widen"), {"depth": depth}) for depth in (11, 16, 19)},
     **{f"wrn-{depth}": Entry(f"{_ZOO}:wide_resnet", ("affine", "widen"), {"depth": depth}) for depth in (16, 22, 28)},
 }

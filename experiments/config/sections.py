@@ -66,7 +66,7 @@ class Model:
     model: Literal[*MODELS] = "convnet"
     """The network. convnet and lenet-300-100 are the MNIST networks of the literature; mlp and cnn have --width and
     --depth; conv2 to conv8, and with BatchNorm resnet-18 to resnet-110, vgg-11 to vgg-19 and wrn-16 to wrn-28 (WRN-22-2
-    is wrn-22 with --widen 2) are those of CIFAR-10."""
+    is wrn-22 with --widen 2) are those of CIFAR-10; resnet18 and resnet50, without a hyphen, those of ImageNet."""
     width: int = 100
     """Units (mlp) or channels (cnn) of each hidden layer."""
     depth: int = 2
@@ -198,6 +198,13 @@ class Data:
     """Training images to hold out. Then epochs report them, and the test set is measured once, at the end."""
     stream: bool = False
     """Read the images of a folder from disk as they are needed, instead of holding them all in memory."""
+    image_size: int = 224
+    """The side of the squares that photographs are cropped to, in pixels: imagenet."""
+    crop: float = 0.08
+    """The smallest part of a photograph that training sees at once; 1: all but for its shape. It is mirrored too:
+    imagenet."""
+    skip_corrupt: bool = False
+    """Let another training photograph take the place of one that cannot be read, and name it: imagenet."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -205,6 +212,8 @@ class Data:
             self,
             ("train_images", self.train_images >= 0, "0 (all) or more"),
             ("validation", self.validation >= 0, "0 or more images"),
+            ("image_size", 8 <= self.image_size <= 2048, "in [8, 2,048] pixels"),
+            ("crop", 0 < self.crop <= 1, "a part of the photograph, in (0, 1]"),
         )
 
 
@@ -254,6 +263,8 @@ class Machine:
     coordinator: str | None = None
     """Train in several processes: auto (the cluster's environment says how: TPU pods, Slurm, Open MPI, Kubernetes), or
     ADDRESS:PORT of the first one."""
+    workers: int = 0
+    """Processes that read images from disk, for each process that trains. 0: threads of that process."""
     num_processes: int | None = None
     """With --coordinator ADDRESS:PORT, how many processes there are."""
     process_id: int | None = None
@@ -261,7 +272,11 @@ class Machine:
 
     def check(self) -> None:
         """Raises UserError on a setting out of range, or on settings that exclude each other."""
-        require(self, ("devices", self.devices >= 0, "1 or more, or 0 for the usual number"))
+        require(
+            self,
+            ("devices", self.devices >= 0, "1 or more, or 0 for the usual number"),
+            ("workers", 0 <= self.workers <= 1024, "in [0, 1,024]"),
+        )
         if self.shard_scores and self.parallel == "pmap":
             raise UserError("pmap keeps all scores on every device: --shard-scores is for --parallel jit.")
         number, this = self.num_processes, self.process_id

@@ -2,23 +2,21 @@
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from experiments.data.pictures import in_threads, opened, rgb, visible
 from experiments.data.source import Dataset, arrays_dataset, pixel_statistics
-from experiments.run.errors import DataError, brief
+from experiments.run.errors import DataError
 
 if TYPE_CHECKING:
-    import jax
     from PIL.Image import Image
 
 # An image's suffix decides whether a file belongs in a class folder, its content how it is decoded.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 TEST_FOLDERS = ("test", "val", "validation")  # the first of these that is there
 EVERY = 5  # without a split, one image in so many of each class is held out for the test set
 STATISTICS = 2000  # training images that give the mean and deviation of a streamed set
@@ -55,7 +53,7 @@ def folder(root: Path, stream: bool = False) -> Dataset:
     count = sum(len(paths) for paths in train.values())
     paths = [path for split in (train, test) for name in names for path in split[name]]
     labels = np.array([n for split in (train, test) for n, name in enumerate(names) for _ in split[name]], np.int32)
-    headers = _in_threads(_header, paths)
+    headers = in_threads(_header, paths)
     shape = _shape(base, paths, headers)
     whole = Files(paths, labels, shape)
     train_files, test_files = whole.take(np.arange(count)), whole.take(np.arange(count, len(whole)))
@@ -81,20 +79,22 @@ class Files:
       image_shape: (height, width, channels) of every image; 1 channel (grey) or 3 (red, green, blue).
     """
 
+    draws = False
+
     def __init__(self, paths: Sequence[str], labels: np.ndarray, image_shape: tuple[int, int, int]):
         self.paths, self.labels, self.image_shape = list(paths), labels, image_shape
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray, key: "jax.Array | None" = None) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """See `Source.read`. Raises DataError if a file is corrupt, or its size has changed."""
         images = np.empty((len(indices), *self.image_shape), np.uint8)
 
         def decode(place: int) -> None:
             images[place] = _decoded(self.paths[indices[place]], self.image_shape)
 
-        _in_threads(decode, range(len(indices)))
+        in_threads(decode, range(len(indices)))
         return {"image": images, "label": self.labels[indices]}
 
     def take(self, indices: np.ndarray) -> "Files":
@@ -131,9 +131,9 @@ def _splits(base: Path, root: Path) -> tuple[Paths, Paths, str]:
 def _classes(directory: Path) -> Paths:
     """The images in the class folders in a directory; classes and images are sorted by name."""
     classes = {}
-    for entry in _visible(directory):
+    for entry in visible(directory):
         if entry.is_dir():
-            classes[entry.name] = [_image_path(file) for file in _visible(entry)]
+            classes[entry.name] = [_image_path(file) for file in visible(entry)]
             if not classes[entry.name]:
                 raise DataError(f"the class folder {entry.path} is empty: put its images there, or remove it")
         elif entry.name.lower().endswith(SUFFIXES):
@@ -149,11 +149,6 @@ def _image_path(file: os.DirEntry) -> str:
     return file.path
 
 
-def _visible(directory: Path | os.DirEntry) -> list[os.DirEntry]:
-    with os.scandir(directory) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
 class _Header(NamedTuple):
     size: tuple[int, int]  # height, width
     grey: bool
@@ -161,7 +156,7 @@ class _Header(NamedTuple):
 
 
 def _header(path: str) -> _Header:
-    width_and_height, mode = _opened(path, lambda image: (image.size, image.mode))
+    width_and_height, mode = opened(path, lambda image: (image.size, image.mode))
     return _Header(width_and_height[::-1], mode in ("1", "L") or mode.startswith("I"), os.path.getsize(path))
 
 
@@ -182,7 +177,7 @@ def _shape(base: Path, paths: Sequence[str], headers: Sequence[_Header]) -> tupl
 
 def _decoded(path: str, shape: tuple[int, int, int]) -> np.ndarray:
     """The pixels of a file, uint8 [h, w, c]."""
-    pixels = _opened(path, lambda image: _pixels(image, channels=shape[-1]))
+    pixels = opened(path, lambda image: _pixels(image, channels=shape[-1]))
     if pixels.shape != shape:
         raise DataError(f"{path} has changed: it is {list(pixels.shape)} and was {list(shape)}; run again")
     return pixels
@@ -194,37 +189,7 @@ def _pixels(image: "Image", channels: int) -> np.ndarray:
         return np.repeat(grey, channels, axis=-1)
     if channels == 1:
         return np.asarray(image.convert("L"))[..., None]
-    if "transparency" in image.info:  # Pillow warns of a palette with transparency that becomes RGB at once
-        image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
-
-
-def _opened(path: str, use: Callable):
-    """`use` of the image in a file; DataError if the file cannot be read."""
-    Image = _pillow()
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return use(image)
-    except Exception as error:  # Pillow raises exceptions of many types on damaged files
-        raise DataError(f"cannot read the image {path} ({brief(error)}); copy it again, or remove it") from error
-
-
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(f"reading images needs Pillow ({error}): pip install 'supermask-jax[experiments]'") from error
-    Image.init()  # all formats, before threads ask for them
-    return Image
-
-
-def _in_threads(function: Callable, items: Sequence) -> list:
-    """[function(item) for item in items], by threads. Raises the error of the first item that has one."""
-    size = max(1, min(100, len(items) // 64))
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    with ThreadPoolExecutor() as pool:  # its own each time: threads of a shared one would be missing after a fork
-        results = pool.map(lambda part: [function(item) for item in part], parts)
-        return [result for part in results for result in part]
+    return np.asarray(rgb(image))
 
 
 def _digest(base: Path, paths: Sequence[str], headers: Sequence[_Header]) -> str:

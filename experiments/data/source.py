@@ -3,14 +3,11 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from experiments.run.errors import DataError
-
-if TYPE_CHECKING:
-    import jax
 
 COLOURS = ("red", "green", "blue")  # the channels of a set that has three, in their order
 CHUNK = 1000  # images that are counted at once: counting takes eight bytes a pixel
@@ -20,13 +17,15 @@ class Source(Protocol):
     """Random access to examples, so that their order is up to the caller."""
 
     labels: np.ndarray  # int32 [n], of all examples, in memory
+    draws: bool  # whether `read` crops and mirrors at random
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray, key: "jax.Array | None" = None) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The examples at these indices: {"image": uint8 [k, h, w, c], "label": int32 [k]}.
 
-        A source that crops or flips while it decodes draws from the key; without one it is deterministic.
+        A source that crops and mirrors while it decodes does so as `draws` says, uint32 [k], a number for each example;
+        without them it reads the example as it is evaluated. Others ignore them.
         """
         ...
 
@@ -37,6 +36,8 @@ class Source(Protocol):
 
 class Arrays:
     """A `Source` in memory: `images`, uint8 [n, h, w, c] in 0..255, and `labels`, int32 [n]."""
+
+    draws = False
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
@@ -49,7 +50,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray, key: "jax.Array | None" = None) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
         return {"image": self.images[indices], "label": self.labels[indices]}
 
     def take(self, indices: np.ndarray) -> "Arrays":

@@ -21,7 +21,7 @@ from experiments.run.names import CHANGE_NO_RESULT
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**6  # steps between checkpoints of a run that takes fewer: it saves at its end
-TIMES = {"train_seconds", "images_per_second", "compile_seconds"}
+TIMES = {"train_seconds", "images_per_second", "compile_seconds", "date"}
 PATIENCE = 240  # seconds
 
 

@@ -26,6 +26,7 @@ CHECKSUMS = "checksums.json"  # inside each checkpoint
 SAVED = "saved"  # among the checkpoints, once there has been one
 MOST = 16  # that are looked at, the latest
 DAMAGED = ".damaged"  # after the names of those that were found so
+SAVE_SECONDS = 30 * 24 * 3600  # orbax takes the time of day, and a clock that is set meanwhile should end no run
 UNFINISHED = ".tmp"  # in the names of checkpoints that are being written or removed
 
 
@@ -72,7 +73,7 @@ class Checkpoints:
         """
         folder, unfinished = self._path / str(step), self._path / f"{step}{UNFINISHED}"
         try:
-            with _unlogged():
+            with _unlogged(), ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS)):
                 ocp.save(unfinished, tree)
             if processes.is_first():
                 write_json(unfinished / CHECKSUMS, _checksums(unfinished))

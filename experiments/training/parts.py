@@ -72,7 +72,8 @@ class Parts:
     def epochs(self) -> stepper.Epochs:
         config, examples = self.config, len(self.dataset.train)
         alternate = config.augment.flip_alternately
-        epochs = stepper.Epochs(examples, config.optim.batch_size, self.network.has_state, alternate)
+        drawn, has_state = self.dataset.train.draws, self.network.has_state
+        epochs = stepper.Epochs(examples, config.optim.batch_size, has_state, alternate, drawn)
         if not epochs.steps:
             raise DataError(
                 f"--batch-size {epochs.batch_size} needs as many training images, and there are {epochs.examples}: "
@@ -118,7 +119,8 @@ class Parts:
             return stepper.Pmapped(step, method.learns, self.dataset.train, placement)
         step = sm.make_train_step(method.mask_fn, placement.loss(self.loss(**trained)), self.tx, **options)
         calls = stepper.steps_per_call(self.initial[0])
-        return stepper.make_stepper(step, method.learns, self.dataset.train, placement, calls)
+        workers = self.config.machine.workers
+        return stepper.make_stepper(step, method.learns, self.dataset.train, placement, calls, workers)
 
     @cached_property
     def evaluator(self) -> Evaluator:

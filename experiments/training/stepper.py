@@ -8,7 +8,6 @@ convolutions inside a loop many times slower (jax issue 12868); elsewhere, and f
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -19,6 +18,7 @@ import numpy as np
 import supermask_jax as sm
 from experiments.data.batches import alternate_flips, epoch_order
 from experiments.data.source import Arrays, Source
+from experiments.data.stream import batches_ahead
 from experiments.run.placement import Placement
 from experiments.run.surroundings import require_memory
 from experiments.training.loop import Advance, Batch, Progress
@@ -29,10 +29,14 @@ STEPS_PER_CALL = {"cpu": 1}
 STEPS_PER_CALL_ELSEWHERE = 100
 STEPS_PER_CALL_DENSE = 50  # of networks without convolutions, on every backend
 
-Order = tuple[np.ndarray, ...]
-"""Of each step's examples, [steps, batch]: int32 indices, float32 weights and, if flips alternate, bool flipped."""
 
-BESIDE = ("weight", "flipped")  # what a batch has from its order, beside what is at the indices
+class Order(NamedTuple):
+    """Of each step's examples, [steps, batch]."""
+
+    index: np.ndarray  # int32
+    weight: np.ndarray  # float32
+    flipped: np.ndarray | None = None  # bool, if flips alternate
+    draw: np.ndarray | None = None  # uint32, if the source crops at random: what it draws from
 
 
 class Epochs(NamedTuple):
@@ -42,6 +46,7 @@ class Epochs(NamedTuple):
     batch_size: int
     drop_remainder: bool = False  # where padding would enter batch statistics
     alternate: bool = False  # whether an order says which images are mirrored
+    drawn: bool = False  # whether an order says what a source draws from
 
     @property
     def steps(self) -> int:
@@ -55,10 +60,15 @@ class Epochs(NamedTuple):
 
     def order(self, key: jax.Array, epoch: int) -> Order:
         """Which examples each step of an epoch sees: a function of (key, epoch) only."""
-        order = epoch_order(key, epoch, self.examples, self.batch_size, self.drop_remainder)
-        if not self.alternate:
-            return order
-        return *order, alternate_flips(leaf_key(key, "flipped"), epoch, self.examples)[order[0]]
+        order = Order(*epoch_order(key, epoch, self.examples, self.batch_size, self.drop_remainder))
+        if self.alternate:
+            flips = alternate_flips(leaf_key(key, "flipped"), epoch, self.examples)
+            order = order._replace(flipped=flips[order.index])
+        if self.drawn:
+            of_epoch = jax.random.fold_in(leaf_key(key, "draws"), epoch)
+            draws = np.asarray(jax.random.bits(of_epoch, (self.examples,), np.uint32))
+            order = order._replace(draw=draws[order.index])
+        return order
 
 
 class Stepper(Protocol):
@@ -97,12 +107,17 @@ def over(stepper: Stepper, epochs: Epochs, key: jax.Array) -> Advance:
 
 
 def make_stepper(
-    step: Callable, learns: str, source: Source, placement: Placement, steps_per_call: int | None = None
+    step: Callable,
+    learns: str,
+    source: Source,
+    placement: Placement,
+    steps_per_call: int | None = None,
+    workers: int = 0,
 ) -> "OnDevice | Streamed":
-    """The stepper for a source: in memory, or read as it is needed; arguments as in `OnDevice`."""
+    """The stepper for a source: in memory, or read as it is needed; arguments as in `OnDevice` and `Streamed`."""
     if isinstance(source, Arrays):
         return OnDevice(step, learns, source, placement, steps_per_call)
-    return Streamed(step, learns, source, placement)
+    return Streamed(step, learns, source, placement, workers)
 
 
 def steps_per_call(weights: Tree) -> int | None:
@@ -138,21 +153,22 @@ class OnDevice:
         def one(carry, images, chosen):
             state, totals = carry
             at = state.step
-            state, metrics = step(state, _batch(images, *chosen))
+            state, metrics = step(state, _batch(images, chosen))
             return state, add_to_totals(totals, metrics, getattr(state.subnet, learns), at)
 
         def many(steps, state, totals, images, order, start):
-            chosen = [jax.lax.dynamic_slice_in_dim(part, start, steps) for part in order]
+            chosen = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, steps), order)
             if steps == 1:
-                return one((state, totals), images, [part[0] for part in chosen])
-            carry, _ = jax.lax.scan(lambda carry, at: (one(carry, images, at), None), (state, totals), tuple(chosen))
+                return one((state, totals), images, jax.tree.map(lambda part: part[0], chosen))
+            carry, _ = jax.lax.scan(lambda carry, at: (one(carry, images, at), None), (state, totals), chosen)
             return carry
 
         self._many = many
 
     def __call__(self, state, totals, order, start: int, stop: int):
         if order is not self._order:  # of a new epoch
-            self._order, self._placed = order, tuple(self._placement.split(part, axis=1) for part in order)
+            self._order = order
+            self._placed = jax.tree.map(partial(self._placement.split, axis=1), Order(*order)._replace(draw=None))
         seconds, at = 0.0, start
         while at < stop:
             # Two lengths of call and no others: each one is compiled.
@@ -169,7 +185,7 @@ class OnDevice:
         return state, totals, seconds, _read(self._source, order, stop - 1)
 
     def _compile(self, steps: int, arguments: tuple) -> Callable:
-        kind = steps, arguments[3][0].shape
+        kind = steps, arguments[3].index.shape
         if kind not in self._compiled:
             began = time.perf_counter()
             out = self._placement.shardings(arguments[0]), self._placement.everywhere
@@ -185,19 +201,21 @@ class OnDevice:
 class Streamed:
     """`Stepper` over a source that is read as it is needed: while a step runs, the next batches are read.
 
-    In several processes, each reads its share of every batch.
+    In several processes, each reads its share of every batch. Any batch can be read by itself, so that a run resumes at
+    any step with the batches that it would have had.
 
     Args:
       step, learns, source, placement: as in `OnDevice`.
+      workers: processes that read; 0: threads of this one.
     """
 
     steps_per_call = 1
-    AHEAD = 4  # batches that are read before they are needed
+    AHEAD = 4  # batches that are read before they are needed, by each worker
 
-    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
+    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement, workers: int = 0):
         self.compile_seconds, self.memory = 0.0, 0
         self._source, self._placement, self._compiled = source, placement, None
-        self._reader = ThreadPoolExecutor(1)
+        self._workers, self._order, self._next, self._batches = workers, None, -1, iter(())
 
         def one(state, totals, batch):
             at = state.step
@@ -208,22 +226,23 @@ class Streamed:
 
     def __call__(self, state, totals, order, start: int, stop: int):
         seconds, batch = 0.0, {}
-        read = partial(self._reader.submit, self._share, order)
-        waiting = [read(at) for at in range(start, min(start + self.AHEAD, stop))]
-        for at in range(start, stop):
-            batch = waiting.pop(0).result()
-            if at + self.AHEAD < stop:
-                waiting.append(read(at + self.AHEAD))
+        if order is not self._order or start != self._next:
+            self._order, self._batches = (
+                order,
+                batches_ahead(
+                    partial(_read, self._source, _of_process(order)), start, len(order[0]), self._workers, self.AHEAD
+                ),
+            )
+        for _ in range(start, stop):
+            batch = next(self._batches)
             arguments = state, totals, parallel.shard_batch(self._placement.mesh, batch)
             run = self._compile(arguments)
             began = time.perf_counter()
             state, totals = run(*arguments)
             jax.block_until_ready(totals)
             seconds += time.perf_counter() - began
+        self._next = stop
         return state, totals, seconds, batch
-
-    def _share(self, order: Order, at: int) -> Batch:
-        return _read(self._source, tuple(map(_of_process, order)), at)
 
     def _compile(self, arguments: tuple) -> Callable:
         if self._compiled is None:
@@ -260,7 +279,7 @@ class Pmapped:
 
     def __call__(self, state, totals, order, start: int, stop: int):
         state, totals = self._placement.local((state, totals))
-        share = tuple(map(_of_process, order))
+        share = _of_process(order)
         began, compiling = time.perf_counter(), not self.compile_seconds
         for at in range(start, stop):
             state, metrics = self._step(state, _read(self._source, share, at))
@@ -280,21 +299,31 @@ def memory_of(compiled) -> int:
     return told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes if told else 0
 
 
-def _of_process(part: np.ndarray) -> np.ndarray:
+def _of_process(order: Order) -> Order:
     """[steps, batch / processes]: this process's share of every batch of an order."""
-    steps, batch = part.shape
-    return part.reshape(steps, jax.process_count(), batch // jax.process_count())[:, jax.process_index()]
+
+    def share(part: np.ndarray) -> np.ndarray:
+        steps, batch = part.shape
+        return part.reshape(steps, jax.process_count(), batch // jax.process_count())[:, jax.process_index()]
+
+    return jax.tree.map(share, Order(*order))
 
 
 def _read(source: Source, order: Order, at: int) -> Batch:
     """The batch of the step of that index in `order`."""
-    indices, *others = (part[at] for part in order)
-    return {**source.read(indices), **dict(zip(BESIDE, others, strict=False))}
+    order = Order(*order)
+    draw = None if order.draw is None else order.draw[at]
+    return {**source.read(order.index[at], draw), **_beside(Order(*(None if p is None else p[at] for p in order)))}
 
 
-def _batch(images, indices, *others) -> Batch:
+def _batch(images, chosen: Order) -> Batch:
     images, labels = images
-    return {"image": images[indices], "label": labels[indices], **dict(zip(BESIDE, others, strict=False))}
+    return {"image": images[chosen.index], "label": labels[chosen.index], **_beside(chosen)}
+
+
+def _beside(chosen: Order) -> Batch:
+    """What a batch has from its order, beside what is at the indices."""
+    return {name: part for name in ("weight", "flipped") if (part := getattr(chosen, name)) is not None}
 
 
 def zero_totals() -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from experiments.data import folder as folder_room
 from experiments.data import load as data
 from experiments.data.batches import class_sample, hold_out
 from experiments.data.folder import Files
+from experiments.data.pictures import in_threads
 from experiments.data.source import Arrays
 from experiments.run.errors import DataError
 
@@ -433,7 +434,7 @@ def test_a_constant_channel_is_an_error_streamed_or_not(tmp_path, stream):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 1000, 7001])
 def test_threads_return_results_in_order(count):
-    assert folder_room._in_threads(lambda item: item**2, range(count)) == [item**2 for item in range(count)]
+    assert in_threads(lambda item: item**2, range(count)) == [item**2 for item in range(count)]
 
 
 def test_threads_raise_the_error_of_the_first_item_that_has_one():
@@ -442,7 +443,7 @@ def test_threads_raise_the_error_of_the_first_item_that_has_one():
             raise DataError(str(item))
 
     with pytest.raises(DataError, match=r"^300$"):
-        folder_room._in_threads(fail, range(1000))
+        in_threads(fail, range(1000))
 
 
 def test_a_streamed_source_can_be_sent_to_another_process(tmp_path):

@@ -19,7 +19,7 @@ from experiments.run.placement import Placement
 from experiments.training import stepper
 from experiments.training.loss import augmented, make_loss
 from experiments.training.network import network
-from experiments.training.stepper import Epochs, OnDevice, Pmapped, Streamed, make_stepper, over, zero_totals
+from experiments.training.stepper import Epochs, OnDevice, Order, Pmapped, Streamed, make_stepper, over, zero_totals
 from experiments.training.summary import count_flips
 from supermask_jax import methods, parallel
 from supermask_jax.trees import leaf_key
@@ -91,7 +91,7 @@ def test_the_order_of_an_epoch_is_that_of_the_batches(drop_remainder):
     epochs = Epochs(50, 16, drop_remainder)
     got, expected = epochs.order(KEY, 3), epoch_order(KEY, 3, 50, 16, drop_remainder)
     assert len(got[0]) == epochs.steps and got[1].sum() == epochs.seen
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    jax.tree.map(np.testing.assert_array_equal, got, Order(*expected))
 
 
 # Steps.
@@ -146,7 +146,7 @@ def test_two_epochs_in_parts_are_two_epochs_at_once_and_compile_nothing_new(step
     assert_equal(whole.state, parts.state)
     assert whole.totals["count"] == 140 and len(run._compiled) <= 2  # lengths of a call
     for step, got in zip((0, 2, 4, 7, 9), batches, strict=True):
-        indices, weights = (part[step % 5] for part in epochs.order(KEY, step // 5))
+        indices, weights = (part[step % 5] for part in epochs.order(KEY, step // 5)[:2])
         expected = {"image": source.images[indices], "label": source.labels[indices], "weight": weights}
         jax.tree.map(np.testing.assert_array_equal, got, expected)  # the very batch that the last step used
     assert batches[2]["weight"].tolist() == [1] * 6 + [0] * 10
@@ -215,7 +215,8 @@ def test_every_image_has_its_own_flip_whatever_the_order_and_resuming_changes_no
     epochs = Epochs(50, 16, alternate=True)
     flips = []
     for epoch in range(3):
-        indices, weights, flipped = epochs.order(KEY, epoch)
+        indices, weights, flipped, draws = epochs.order(KEY, epoch)
+        assert draws is None
         of = {
             int(index): bool(flip)
             for index, weight, flip in zip(*map(np.ravel, (indices, weights, flipped)), strict=True)
@@ -223,7 +224,7 @@ def test_every_image_has_its_own_flip_whatever_the_order_and_resuming_changes_no
         }
         flips.append([of[index] for index in range(50)])
     assert flips[0] == flips[2] == [not flip for flip in flips[1]]
-    plain = Epochs(50, 16).order(KEY, 1)
+    plain = Epochs(50, 16).order(KEY, 1)[:2]
     jax.tree.map(np.testing.assert_array_equal, epochs.order(KEY, 1)[:2], plain)  # the order is what it was without
 
     def after(*stops):
@@ -241,7 +242,7 @@ def test_every_image_has_its_own_flip_whatever_the_order_and_resuming_changes_no
 
 
 def test_an_order_has_flips_only_where_they_are_asked_for():
-    assert len(Epochs(50, 16).order(KEY, 0)) == 2
+    assert Epochs(50, 16).order(KEY, 0)[2:] == (None, None)
     assert set(stepper._read(images(50), Epochs(50, 16).order(KEY, 0), 0)) == {"image", "label", "weight"}
 
 
@@ -283,7 +284,7 @@ def test_a_streamed_source_is_read_once_for_every_step_in_order_and_ahead():
     class Noting(Arrays):
         read_at = ()
 
-        def read(self, indices, key=None):
+        def read(self, indices, draws=None):
             self.read_at = (*self.read_at, tuple(indices))
             return super().read(indices)
 
@@ -291,14 +292,16 @@ def test_a_streamed_source_is_read_once_for_every_step_in_order_and_ahead():
     source, order = Noting(plain.images, plain.labels), epoch_order(KEY, 0, 40, 4)
     _, step, state = made()
     run = Streamed(step, "weights", source, Placement())
-    run(state, zero_totals(), order, 2, 9)
-    assert source.read_at == tuple(tuple(indices) for indices in order[0][2:9])
+    state, totals, *_ = run(state, zero_totals(), order, 2, 4)
+    run(state, totals, order, 4, 8)
+    expected = tuple(tuple(indices) for indices in order[0][2:10])
+    assert len(source.read_at) >= 6 and source.read_at == expected[: len(source.read_at)]
     assert run._compiled is not None and 0 < Streamed.AHEAD < 9
 
 
 def test_what_fails_to_be_read_is_raised_where_the_steps_are_asked_for():
     class Broken(Arrays):
-        def read(self, indices, key=None):
+        def read(self, indices, draws=None):
             raise OSError("this file is gone")
 
     plain = images(8)

@@ -256,7 +256,7 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
         "evaluate",
     }  # where it lies does not change a cell ...
     elsewhere |= {"devices", "parallel", "shard_scores", "restart"}  # ... nor what it is trained on, or whether again
-    elsewhere |= {"coordinator", "num_processes", "process_id"}
+    elsewhere |= {"coordinator", "num_processes", "process_id", "workers"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
     others[tuple] = lambda v: (*v, 0.5)
 

@@ -1,0 +1,55 @@
+"""Image files by Pillow: opened with errors that name them, by many threads."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.run.errors import DataError, brief
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # the content of a file decides, not its name
+
+
+def opened(path: str, use: Callable):
+    """`use` of the image in a file; DataError if the file cannot be read."""
+    Image = _pillow()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return use(image)
+    except Exception as error:  # Pillow raises exceptions of many types on damaged files
+        raise DataError(f"cannot read the image {path} ({brief(error)}); copy it again, or remove it") from error
+
+
+def _pillow():
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(f"reading images needs Pillow ({error}): pip install 'supermask-jax[experiments]'") from error
+    Image.init()  # all formats, before threads ask for them
+    return Image
+
+
+def in_threads(function: Callable, items: Sequence) -> list:
+    """[function(item) for item in items], by threads. Raises the error of the first item that has one."""
+    size = max(1, min(100, len(items) // 64))
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    with ThreadPoolExecutor() as pool:  # its own each time: threads of a shared one would be missing after a fork
+        results = pool.map(lambda part: [function(item) for item in part], parts)
+        return [result for part in results for result in part]
+
+
+def rgb(image: "Image") -> "Image":
+    """The image in red, green and blue, without transparency."""
+    if "transparency" in image.info:  # Pillow warns of a palette with transparency that becomes RGB at once
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def visible(directory: Path | os.DirEntry) -> list[os.DirEntry]:
+    """What is in a directory and is not hidden, sorted by name."""
+    with os.scandir(directory) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
