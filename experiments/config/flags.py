@@ -3,12 +3,19 @@
 import argparse
 import contextlib
 import difflib
+import inspect
+import os
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import docstring_parser  # tyro reads docstrings with it
+
+if os.environ.get("NO_COLOR"):  # tyro knows another variable, which it reads when it is imported
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
 import tyro
 
 from experiments.config import settings
@@ -37,8 +44,12 @@ def _parse(config_type: type, defaults: Callable[..., dict], prog: str, args: li
     args = [_renamed(arg) for arg in args]
     chosen = _choices(config_type, args)
     base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
+    # tyro breaks no description into lines, so that a terminal would, within words. It keeps breaks before an indent.
+    columns, text = shutil.get_terminal_size().columns, inspect.getdoc(config_type) or ""
+    describes = textwrap.fill(text, columns, subsequent_indent="  ")
+    options = {"default": base, "prog": prog, "description": describes, "config": (tyro.conf.OmitArgPrefixes,)}
     with _docstrings_in_one_piece():
-        config = tyro.cli(config_type, args=args, default=base, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        config = tyro.cli(config_type, args=args, **options)
     config.check()
     settings.refuse_unread(config, base)
     return config

@@ -20,6 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training phot
 SUFFIXES = (".jpeg", ".jpg", ".png")
 TRUTH, CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # of the development kit
 KIT = ("ILSVRC2012_devkit_t12/data", "data", "")  # where these two are looked for
+TRAIN_IMAGES = 1_281_167  # of ImageNet; other photographs do not pass for it
 CENTRE = 224 / 256  # of the shorter side, that an evaluation sees
 RATIO, TRIES = (3 / 4, 4 / 3), 10  # of a random crop: width / height
 UNPACK = {
@@ -62,7 +63,8 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
     test = Photographs(base / "val", names_of_test, place[labels], image_size)
     shape, digest = (image_size, image_size, 3), f"{zlib.crc32(b'/'.join(train.names)):08x}"
     source = f"photographs in {base}: {len(train):,} to train on, {len(test):,} to evaluate on"
-    return Dataset("imagenet", train, test, len(names), shape, MEAN, STD, digest, source)
+    name = "imagenet" if len(train) == TRAIN_IMAGES else f"photographs-{digest}"
+    return Dataset(name, train, test, len(names), shape, MEAN, STD, digest, source)
 
 
 class Photographs:

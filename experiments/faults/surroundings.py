@@ -178,7 +178,8 @@ def _on_terminal(
     # A line is drawn over after a carriage return.
     lines = [part for line in ESCAPE.sub("", text).split("\n") for part in line.split("\r")]
     widths = [len(line.rstrip()) for line in lines]
-    wide = [line for line in lines if len(line.rstrip()) > max(columns, then or 0)]
+    # A command is shown as it is typed, however long it is.
+    wide = [line for line in lines if len(line.rstrip()) > max(columns, then or 0) and "python -m" not in line]
     plain = "NO_COLOR" in variables or variables["TERM"] == "dumb"
     seen = {"columns": columns, **variables, "widest": max(widths, default=0), "wide": wide[:3]}
     seen["coloured"] = bool(COLOUR.search(text))

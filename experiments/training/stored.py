@@ -23,6 +23,8 @@ from experiments.training.parts import Parts
 from supermask_jax import artifact
 from supermask_jax.trees import Tree
 
+OWN_FILES = {"folder": "folder", "photographs": "imagenet"}  # how names of users' own images begin: who reads them
+
 
 def save(parts: Parts, folder: Path, subnet: sm.Subnet, model_state: Tree, figures: dict[str, float]) -> dict[str, int]:
     """Writes the network of a run to `folder`; returns "file_bytes", and "dense_bytes" of all its weights in float32.
@@ -99,12 +101,17 @@ def evaluate(config: Run) -> dict[str, Any]:
 
 
 def _data_of(data: Data, about: dict[str, Any], usual: Data, file: Path) -> Data:
-    name = about.get("dataset")
-    if data.dataset != usual.dataset:
-        return data
-    if name not in DATASETS:
-        raise UserError(f"{file} does not say which data set it is of: name one with --dataset.")
-    return dataclasses.replace(data, dataset=name)
+    name = str(about.get("dataset"))
+    if data.dataset == usual.dataset:
+        of_files = name.partition("-")[0]  # of a user's own files, whose names end with a digest
+        name = OWN_FILES.get(of_files, name)
+        if name not in DATASETS:
+            raise UserError(f"{file} does not say which data set it is of: name one with --dataset.")
+        data = dataclasses.replace(data, dataset=name)
+    shape = about.get("image_shape")
+    if "image_size" in DATASETS[data.dataset].reads and isinstance(shape, list) and shape and isinstance(shape[0], int):
+        data = dataclasses.replace(data, image_size=shape[0])  # which the network decides
+    return data
 
 
 def _network_of(about: dict[str, Any], dataset: Dataset, file: Path):

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -387,3 +388,22 @@ def test_always_named_are_the_settings_of_the_first_version():
     """They are 39 for ever: one that is added here later would rename every run on people's disks."""
     assert len(Run.ALWAYS_NAMED) == 39 and {field.name for field in fields(Run)} > Run.ALWAYS_NAMED
     assert typing.get_origin(Run.__annotations__["ALWAYS_NAMED"]) is ClassVar
+
+
+@pytest.mark.parametrize("columns", (40, 80))
+def test_help_breaks_its_lines_between_words_and_within_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parsed(mnist, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    describes = " ".join(inspect.getdoc(mnist.Config).split())
+    assert len(lines) > 50 and max(len(line) for line in lines if "python -m" not in line) <= columns
+    assert describes in " ".join(" ".join(lines[1:10]).split())
+
+
+def test_help_is_without_colours_where_none_are_wanted():
+    asked = {**os.environ, "NO_COLOR": "1"}
+    code = "from experiments.config import flags\nprint(flags.tyro._settings._experimental_options['ansi_codes'])"
+    for environment, colours in ((asked, "False"), ({k: v for k, v in asked.items() if k != "NO_COLOR"}, "True")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == colours, done.stderr

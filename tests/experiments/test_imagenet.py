@@ -58,7 +58,8 @@ def copied(root, tmp_path):
 
 def test_photographs_of_all_sizes_and_kinds_become_squares_with_their_labels(root):
     dataset = load("imagenet", root, image_size=24)
-    assert (dataset.name, dataset.classes, dataset.image_shape) == ("imagenet", 3, (24, 24, 3))
+    assert (dataset.name, dataset.classes) == (f"photographs-{dataset.fingerprint}", 3)
+    assert dataset.image_shape == (24, 24, 3)
     assert (len(dataset.train), len(dataset.test)) == (18, 6)
     batch = dataset.train.read(np.arange(18), np.arange(18, dtype=np.uint32))
     assert batch["image"].shape == (18, 24, 24, 3) and batch["image"].dtype == np.uint8
@@ -150,13 +151,21 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_bits_of_one_that_is
     with signals.stopped_once_training(), pytest.raises(Interrupted, match="saved at step"):
         run(settings(root, tmp_path / "parts", checkpoint_every=1), "imagenet")
     resumed = run(settings(root, tmp_path / "parts", checkpoint_every=1), "imagenet")
-    assert whole["test_loss"] == resumed["test_loss"] and whole["dataset"] == "imagenet"
+    assert whole["test_loss"] == resumed["test_loss"]
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
     ]
     for one, other in zip(*records, strict=True):
         assert all(one[name] == other[name] for name in one if name not in ("train_seconds", "images_per_second"))
+
+
+def test_the_file_of_a_run_is_evaluated_to_its_figures_at_the_size_that_it_was_trained_at(root, tmp_path, capsys):
+    summary = run(settings(root, tmp_path / "run", epochs=1), "imagenet")
+    assert summary["dataset"] == f"photographs-{load('imagenet', root).fingerprint}"
+    flags = ["--data-dir", str(root), "--evaluate", str(tmp_path / "run" / "subnetwork.safetensors")]
+    figures = run(parser(command.Config, command.defaults)("prog", flags), "imagenet")
+    assert figures["test_loss"] == summary["test_loss"] and "the same accuracy" in capsys.readouterr().out
 
 
 def test_the_published_settings_are_those_of_the_preset():
