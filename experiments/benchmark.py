@@ -1,7 +1,8 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
 With --cifar, it measures the networks of CIFAR-10 instead; with --scaling, what several devices cost; with --inference,
-the inference of masked networks; with --faults, how many runs survive what is done to them.
+the inference of masked networks; with --faults, how many runs survive what is done to them; with --reading, how fast
+photographs are read.
 Figures are ratios within one run, because absolute times differ between machines and from day to day.
 """
 
@@ -15,6 +16,7 @@ from experiments.run import command_line
 from experiments.run.errors import UserError, require
 
 PROG = "python -m experiments.benchmark"
+IMAGE_SIZE = 224  # of the photographs that --reading reads
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Config:
     inference: bool = False
     """Measure inference instead: of networks trained by edge-popup and by gradual pruning at several densities, dense,
     compacted and with sparse matrices. The batch sizes are not used."""
+    reading: str | None = None
+    """Measure instead how fast the photographs in this directory are read, which is as --data-dir of
+    experiments.imagenet."""
     faults: bool = False
     """Do harm to real runs instead: kill them, fill their disks, damage their files, and count those that end with the
     right bits or the right error. Takes half an hour."""
@@ -44,8 +49,8 @@ class Config:
     soak_seconds: int = 60
     """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it."""
     output: str | None = None
-    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json or
-    faults.json there]"""
+    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json,
+    faults.json or reading.json there]"""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""
@@ -54,21 +59,26 @@ class Config:
             *counts(self, "rounds", "kills", "soak_seconds", "batch_sizes"),
             ("batch_sizes", len(self.batch_sizes) >= 1, "one or more"),
         )
-        if self.scaling + self.inference + self.cifar + self.faults > 1:
-            raise UserError("--cifar, --scaling, --inference and --faults exclude each other: give one of them.")
+        if len(self._chosen) > 1:
+            raise UserError(
+                f"{' and '.join(f'--{name}' for name in self._chosen)} exclude each other: give one of them."
+            )
 
     @property
     def measures(self) -> str:
         """What is measured; the name of the file."""
-        kinds = {"scaling": self.scaling, "inference": self.inference, "cifar": self.cifar, "faults": self.faults}
-        return next((kind for kind, chosen in kinds.items() if chosen), "benchmark")
+        return next(iter(self._chosen), "benchmark")
+
+    @property
+    def _chosen(self) -> list[str]:
+        return [name for name in ("scaling", "inference", "cifar", "faults", "reading") if getattr(self, name)]
 
 
 def main(config: Config) -> dict:
     """Measures, prints the table, writes the JSON file and returns what is in it."""
     from rich.console import Console  # here, so that --help answers at once
 
-    from experiments.bench import inference, one_device, rows, scaling, torch_steps
+    from experiments.bench import inference, one_device, reading, rows, scaling, torch_steps
     from experiments.faults import table
     from experiments.run import files
 
@@ -77,13 +87,16 @@ def main(config: Config) -> dict:
         raise UserError(f"{file} is a directory; name a file with --output.")
     file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(file=sys.stdout)
-    skips_torch = config.skip_torch or config.scaling or config.inference or config.faults
+    skips_torch = config.skip_torch or config.measures not in ("benchmark", "cifar")
     no_torch = "skipped" if skips_torch else torch_steps.why_no_torch()
     about = rows.about(config, no_torch)
     if config.scaling:
         with console.status("several devices: minutes"):
             figures = scaling.measure(config.rounds)
         measured = {"rows": scaling.rows(figures), **figures}
+    elif config.reading:
+        with console.status("reading photographs: minutes"):
+            measured = reading.measure(Path(config.reading).expanduser(), IMAGE_SIZE, config.rounds)
     elif config.faults:
         measured = table.measure(config.kills, config.soak_seconds, console.status)
     elif config.inference:

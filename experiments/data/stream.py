@@ -1,9 +1,11 @@
 """Batches that are read before they are needed, by threads or by processes."""
 
+import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from experiments.run.errors import DataError
+from experiments.run.errors import DataError, brief
 
 
 def batches_ahead(read: Callable[[int], Any], start: int, stop: int, workers: int, ahead: int) -> Iterator[Any]:
@@ -18,7 +20,7 @@ def batches_ahead(read: Callable[[int], Any], start: int, stop: int, workers: in
       ahead: how many are read ahead, by each worker.
 
     Raises:
-      DataError: grain is not installed.
+      DataError: grain is not installed; or, later, a worker has ended. What `read` raises comes from `next`.
     """
     try:
         import grain
@@ -26,12 +28,31 @@ def batches_ahead(read: Callable[[int], Any], start: int, stop: int, workers: in
         raise DataError(
             f"reading images as they are needed takes grain ({error}): pip install 'supermask-jax[experiments]'"
         ) from error
-    numbers = grain.MapDataset.range(start, stop).map(read)
-    if not workers:
-        return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))
-    from absl import flags
+    numbers = grain.MapDataset.range(start, stop)
+    if workers:
+        from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # or a worker refuses to start: it copies the flags of absl
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    in_turn = numbers.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return iter(in_turn.mp_prefetch(options))
+        flags.FLAGS.mark_as_parsed()  # or a worker refuses to start: it copies the flags of absl
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        packed = numbers.map(partial(_packed, read)).to_iter_dataset(grain.ReadOptions(num_threads=0))
+        return _of_workers(iter(packed.mp_prefetch(options)))
+    return iter(numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))
+
+
+def _packed(read: Callable[[int], Any], number: int) -> bytes:
+    """What has that number, pickled: grain passes arrays through shared memory, which may be short, and leaks."""
+    return pickle.dumps(read(number), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _of_workers(packed: Any) -> Iterator[Any]:
+    """What an iterator of grain passes on from its workers, which end with this one."""
+    try:
+        for each in packed:
+            yield pickle.loads(each)
+    except RuntimeError as error:  # so grain tells that a worker ended
+        raise DataError(
+            f"a process that reads images failed ({brief(error)}). Perhaps the memory did not suffice: fewer --workers "
+            "take less. Give the same command again: a run resumes from its last checkpoint"
+        ) from error
+    finally:
+        packed.close()

@@ -166,8 +166,9 @@ class _Job:
         tried = min(parts.stepper.steps_per_call, parts.epochs.steps)
         copy = parts.placement.place(jax.tree.map(jnp.copy, state))
         totals, order = parts.placement.replicate(stepper.zero_totals()), parts.epochs.order(parts.key, 0)
-        for _ in range(2):
-            copy, totals, seconds, _ = parts.stepper(copy, totals, order, 0, tried)
+        for call in range(2):
+            start = call * tried if 2 * tried <= parts.epochs.steps else 0  # a stream goes on where it was
+            copy, totals, seconds, _ = parts.stepper(copy, totals, order, start, start + tried)
         left, epochs = parts.last_step - step, parts.config.epochs - step // parts.epochs.steps
         seconds /= tried
         minutes = (left * seconds + epochs * seconds / batch * len(parts.split.source) / 3) / 60

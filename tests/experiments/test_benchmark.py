@@ -23,7 +23,7 @@ BATCH = 8
 def check_rows(lines):
     for line in lines:
         assert {"group", "name", "unit", "median", "min", "max"} <= line.keys()
-        assert line["unit"] in ("ms", "s", "x", "MB", "GB/s")
+        assert line["unit"] in ("ms", "s", "x", "MB", "GB/s", "images/s")
         assert 0 < line["min"] <= line["median"] <= line["max"] < math.inf
 
 

@@ -1,6 +1,7 @@
 """Photographs of many sizes: found, cropped and decoded as they should be, in an order that no worker changes."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import warnings
@@ -12,7 +13,9 @@ import pytest
 import scipy.io
 import signals
 
+from experiments import benchmark
 from experiments import imagenet as command
+from experiments.bench import reading
 from experiments.config.flags import parser
 from experiments.config.settings import changed
 from experiments.data import imagenet
@@ -136,6 +139,22 @@ def test_workers_give_the_batches_that_one_thread_gives_from_any_step_on(root):
         jax.tree.map(np.testing.assert_array_equal, several, one[start:])
 
 
+@pytest.mark.slow
+def test_what_a_worker_cannot_read_and_a_worker_that_dies_are_errors_that_say_what_to_do(root, tmp_path):
+    order = Epochs(18, 2, drawn=True).order(jax.random.key(0), 0)
+    copied = shutil.copytree(root / "imagenet", tmp_path / "imagenet")
+    file = next((copied / "train" / WNIDS[2]).iterdir())
+    file.write_bytes(b"no photograph")
+    with pytest.raises(DataError, match=f"cannot read the image {file}"):
+        list(batches_ahead(Reading(load("imagenet", copied, image_size=16).train, order), 0, 9, workers=2, ahead=1))
+    batches = batches_ahead(Reading(load("imagenet", root, image_size=16).train, order), 0, 9, workers=1, ahead=1)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(DataError, match="a process that reads images failed .*same command again"):
+        list(batches)
+
+
 # A run.
 
 
@@ -180,6 +199,15 @@ def test_the_published_settings_are_those_of_the_preset():
     with pytest.raises(UserError, match="no --preset random-pruning for --method edge-popup"):
         parser(command.Config, command.defaults)("prog", ["--preset", "random-pruning"])
     assert changed(config, workers=3).machine.workers == 3
+
+
+@pytest.mark.slow
+def test_reading_is_measured_by_cores_and_workers_and_leaves_no_memory(root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(reading, "EXAMPLES", 2000)
+    result = benchmark.main(benchmark.Config(reading=str(root), rounds=2, output=str(tmp_path / "reading.json")))
+    units = [line["unit"] for line in result["rows"]]
+    assert units == ["images/s"] * 3 + ["MB"] and all(line["median"] > 0 for line in result["rows"][:3])
+    assert result["rows"][3]["median"] < 100 and "one core" in capsys.readouterr().out
 
 
 # Bad input.

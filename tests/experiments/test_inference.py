@@ -46,6 +46,6 @@ def test_sparse_layers_are_dense_layers():
 
 
 def test_one_thing_is_measured_at_a_time():
-    with pytest.raises(UserError, match="--inference and --faults exclude each other"):
+    with pytest.raises(UserError, match="--scaling and --inference exclude each other"):
         benchmark.Config(scaling=True, inference=True).check()
     assert benchmark.Config(inference=True).measures == "inference"

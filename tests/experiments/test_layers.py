@@ -34,7 +34,7 @@ LIBRARIES = {
     "sweeps": {"numpy", "jax", "optax", "rich"},
     "reports": set(),
     "faults": {"numpy", "jax", "orbax"},
-    "bench": {"numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
+    "bench": {"PIL", "numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
 }
 
 # Imports inside functions: {file: {function: what}}. A command's `main` imports what it needs, so that --help answers
@@ -61,6 +61,7 @@ LATE = {
         "tree_of_first": {"jax.experimental"},
         "_gathered": {"jax.experimental"},
     },
+    "bench/reading.py": {"_pixels": {"PIL"}},
     # PyTorch is not among the requirements.
     "bench/torch_steps.py": "any",
 }
