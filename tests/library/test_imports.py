@@ -48,6 +48,7 @@ ALLOWED = {
         *("backend", "densities", "dynamic", "leaves", "lottery", "saliency", "selection", "supermask", "train"),
         *("trees", "units"),
     },
+    "torch_files": set(),
     "graph": {"backend", "trees"},
     "channels": {"graph"},
     "products": {"channels", "graph"},
