@@ -49,6 +49,7 @@ ALLOWED = {
         *("trees", "units"),
     },
     "torch_files": set(),
+    "pretrained": {"container", "supermask", "torch_files", "trees"},
     "graph": {"backend", "trees"},
     "channels": {"graph"},
     "products": {"channels", "graph"},
