@@ -5,7 +5,6 @@ torchvision, timm and the released code of Ramanujan et al. 2020, or that of Hug
 from the model itself, leaf by leaf, and each leaf is looked up by the name that it has in the file.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,16 @@ IMAGE = (1, 224, 224, 3)  # what a model is traced with; no shape of its weights
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 BLOCK = re.compile(r"stage_(\d+)_block_(\d+)/(conv|norm|shortcut|shortcut_norm)(?:_(\d+))?")
 SHOWN = 4  # names in an error
-WRAPPED = "module."  # how names begin that DataParallel saved
+WRAPPED = ("module.", "_orig_mod.")  # how names begin that DataParallel and torch.compile saved
+STANDARD: dict[
+    tuple[tuple[int, ...], bool, int], str
+] = {  # by blocks, whether they are bottlenecks, and the factor on their inner width
+    ((2, 2, 2, 2), False, 1): "ResNet18",
+    ((3, 4, 6, 3), False, 1): "ResNet34",
+    ((3, 4, 6, 3), True, 1): "ResNet50",
+    ((3, 4, 23, 3), True, 1): "ResNet101",
+    ((3, 4, 6, 3), True, 2): "WideResNet50",
+}
 COUNTED, SCORES = ".num_batches_tracked", ".scores"
 
 Arrays = dict[str, np.ndarray]
@@ -85,7 +93,7 @@ def load_pretrained(path: str | Path, model: Model) -> Pretrained:
       ValueError: the file is damaged, or names anything but tensors; it lacks weights of the model, has weights that
         the model lacks, or has them in other shapes. The message names the file, what differs, and the model that the
         file looks like.
-      TypeError: the model has layers that are not of a ResNet.
+      TypeError: the model is no Flax module, or has layers that are not of a ResNet.
       OSError: the file cannot be read.
 
     Source: He et al. 2016, with the stride in the 3x3 convolution of a bottleneck, which all three have.
@@ -115,12 +123,13 @@ def load_hidden_network(path: str | Path, model: Model, density: float | None = 
       model: a ResNet of `supermask_jax.models` with as many classes as the file has: ResNet18, ResNet50, ResNet101 or
         WideResNet50; affine=True if its batch normalisation learned.
       density: the fraction that each layer keeps, in (0, 1]. The released code calls it `prune_rate`, and no file holds
-        it. None means that the scores are masks already, 0 or 1, as its `FixedSubnetConv` saves them.
+        it. None means that the scores are masks already, 0 or 1, as its `FixedSubnetConv` saves them. Those of its
+        `SampleSubnetConv`, which the file does not tell apart, are logits, and have no density.
 
     Raises:
       ValueError: the file is damaged, or names anything but tensors; it has no scores; it does not fit the model; a
         density out of range, or None with scores that are not 0 or 1; NaN scores. The message names the file.
-      TypeError: the model has layers that are not of a ResNet.
+      TypeError: the model is no Flax module, or has layers that are not of a ResNet.
       OSError: the file cannot be read.
 
     Source: models/resnet.py and utils/conv_type.py (`SubnetConv`) in the released code.
@@ -168,6 +177,10 @@ class _Checkpoint:
 
     def __init__(self, path: str | Path, model: Model):
         self.path = Path(path).expanduser()
+        if not hasattr(model, "init"):
+            raise TypeError(
+                f"model is a Flax module, such as models.ResNet50(affine=True, bias=True), not {model!r:.100}"
+            )
         self.wanted = dict(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(IMAGE))))
         arrays = _read(self.path)
         self.model, self.looks = type(model).__name__, _looks_like(arrays)
@@ -228,17 +241,22 @@ def _ours(array: np.ndarray) -> np.ndarray:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(name[:100] for name in names[:SHOWN]) + more
+    return ", ".join(name[:100].encode("unicode_escape").decode() for name in names[:SHOWN]) + more
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 # Files.
 
 
 def _read(path: Path) -> Arrays:
-    """{name: array} of a file, without the "module." of DataParallel."""
+    """{name: array} of a file, without what wrappers of a network put in front of all names."""
     arrays = _safetensors(path) if path.suffix == ".safetensors" else torch_files.read(path)
-    if arrays and all(name.startswith(WRAPPED) for name in arrays):
-        return {name.removeprefix(WRAPPED): array for name, array in arrays.items()}
+    for prefix in WRAPPED:
+        if arrays and all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     return arrays
 
 
@@ -246,7 +264,9 @@ def _safetensors(path: Path) -> Arrays:
     try:
         found = safetensors.deserialize(path.read_bytes())
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole .safetensors file ({error}); fetch or copy this file again") from error
+        raise ValueError(
+            f"{path} is no whole .safetensors file ({_brief(error)}); fetch or copy this file again"
+        ) from error
     if other := [name for name, tensor in found if tensor["dtype"] not in container.DTYPES]:
         raise ValueError(f"{path} has numbers of a kind that is not read here, in {_some(other)}: save them as float32")
     return {
@@ -300,19 +320,21 @@ def _hugging_face(layer: str, prefix: str) -> str | None:
 
 def _looks_like(arrays: Mapping[str, np.ndarray]) -> str:
     """A sentence that tells the model of a file, as far as its names and shapes tell it."""
-    at = r"(?:layer|(?:resnet\.)?encoder\.stages\.)(\d+)\.(?:layers\.)?(\d+)\."
-    places = {match.groups() for name in arrays if (match := re.match(at, name))}
+    at = r"(?:layer|(?:resnet\.)?encoder\.stages\.)([0-9]{1,3})\.(?:layers\.)?([0-9]{1,3})\."
+    places = {(int(match[1]), int(match[2])) for name in arrays if (match := re.match(at, name))}
     heads = [name for name in ("fc.weight", "classifier.1.weight") if name in arrays and arrays[name].ndim > 1]
     if not places or not heads:
         return f"It does not look like a ResNet with a last layer: it has {_some(sorted(arrays)) or 'nothing'}"
-    blocks = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items(), key=lambda x: int(x[0])))
-    deep = [array for name, array in arrays.items() if re.match(at + r"(conv3|layer\.2\.convolution)\.weight", name)]
-    said = [str(arrays[heads[0]].shape[0]), f"blocks={blocks}"]
-    if deep:
-        said.append("bottleneck=True")
-        widest = max(deep, key=lambda array: array.size)
-        if widest.ndim == 4 and (widen := math.ceil(4 * widest.shape[1] / widest.shape[0])) > 1:
-            said.append(f"widen={widen}")
+    blocks = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
+    ends = [array for name, array in arrays.items() if re.match(at + r"(conv3|layer\.2\.convolution)\.weight", name)]
+    widen = next((4 * end.shape[1] // end.shape[0] for end in ends if end.ndim == 4 and end.size), 1)
+    stems = [array for name, array in arrays.items() if re.match(r"conv1\.|(resnet\.)?embedder\..*convolution", name)]
+    width = next((stem.shape[0] for stem in stems if stem.ndim == 4), 64)
+    name = STANDARD.get((blocks, bool(ends), widen))
+    said = [str(arrays[heads[0]].shape[0])]
+    if name is None:
+        said += [f"blocks={blocks}"] + ["bottleneck=True"] * bool(ends) + [f"widen={widen}"] * (widen > 1)
+    said += [f"width={width}"] * (width != 64)
     said += ["affine=True"] * any(re.search(r"(bn1|normalization)\.weight", name) for name in arrays)
     said += ["bias=True"] * (heads[0].removesuffix("weight") + "bias" in arrays)
-    return f"The file looks like models.ResNet({', '.join(said)})"
+    return f"The file looks like models.{name or 'ResNet'}({', '.join(said)})"

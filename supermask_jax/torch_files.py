@@ -141,7 +141,7 @@ def _arrays(size: int, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
             content = archive.read(f"{root}data/{storage.key}")
             dtype = jnp.dtype(STORAGES[storage.dtype])
             if len(content) != storage.size * dtype.itemsize:
-                raise ValueError(f"the storage of {name!r} has {len(content)} bytes for {storage.size} {dtype}")
+                raise ValueError(f"the storage of {name[:100]!r} has {len(content)} bytes for {storage.size} {dtype}")
             storages[storage] = np.frombuffer(content, dtype)
         found[name] = _view(name, tensor, storages[storage])
     return found
@@ -153,8 +153,8 @@ def _view(name: str, tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if count > numbers.size or tensor.offset + (last if count else -1) >= numbers.size:
         raise ValueError(
-            f"{name!r} has the shape {tensor.shape}, the strides {tensor.strides} and the offset {tensor.offset}, "
-            f"which reach beyond the {numbers.size} numbers of its storage"
+            f"{name[:100]!r} has the shape {tensor.shape}, the strides {tensor.strides} and the offset {tensor.offset}"
+            f", which reach beyond the {numbers.size} numbers of its storage"
         )
     strides = tuple(stride * numbers.itemsize for stride in tensor.strides)
     start = tensor.offset if count else 0
