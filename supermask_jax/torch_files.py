@@ -17,6 +17,7 @@ import numpy as np
 
 ALONE = 'torch.save(torch.load(FILE)["state_dict"], NEW)'
 STATES = ("state_dict", "model")  # where training programs put it
+LARGEST_PICKLE = 2**22  # bytes; followed, they can take some 100 times as much. That of a ResNet-101 has 0.1 MB
 MOST_AXES, LARGEST = 32, 2**48  # of a tensor; the second also bounds what is multiplied
 STORAGES = {
     "DoubleStorage": "float64",
@@ -133,17 +134,18 @@ def _arrays(size: int, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     [root] = roots
     if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
         raise _Refused("was written on a big-endian machine: load it in PyTorch, and save it as .safetensors")
-    storages: dict[Storage, np.ndarray] = {}
+    if (length := entries[f"{root}data.pkl"].file_size) > LARGEST_PICKLE:
+        raise _Refused(f"has a pickle of {length} bytes, more than {LARGEST_PICKLE}: save the tensors alone: {ALONE}")
+    contents: dict[str, bytes] = {}
     found = {}
     for name, tensor in _state_dict(_unpickled(archive.read(f"{root}data.pkl"))).items():
         storage = tensor.storage
-        if storage not in storages:
-            content = archive.read(f"{root}data/{storage.key}")
-            dtype = jnp.dtype(STORAGES[storage.dtype])
-            if len(content) != storage.size * dtype.itemsize:
-                raise ValueError(f"the storage of {name[:100]!r} has {len(content)} bytes for {storage.size} {dtype}")
-            storages[storage] = np.frombuffer(content, dtype)
-        found[name] = _view(name, tensor, storages[storage])
+        if storage.key not in contents:
+            contents[storage.key] = archive.read(f"{root}data/{storage.key}")
+        content, dtype = contents[storage.key], jnp.dtype(STORAGES[storage.dtype])
+        if len(content) != storage.size * dtype.itemsize:
+            raise ValueError(f"the storage of {name[:100]!r} has {len(content)} bytes for {storage.size} {dtype}")
+        found[name] = _view(name, tensor, np.frombuffer(content, dtype))
     return found
 
 

@@ -237,6 +237,7 @@ def pretrained(folder):
     return sm.load_pretrained(checkpoints.write(folder / "net.pth", arrays), ResNet(**ALL, blocks=(1,), width=2))
 
 
+@pytest.mark.slow
 def test_magnitude_pruning_in_one_shot_per_layer_and_over_all_layers(tmp_path):
     params, _ = pretrained(tmp_path)
     scores = sm.saliency.magnitude(params)
