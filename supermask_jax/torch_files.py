@@ -128,6 +128,8 @@ def _arrays(size: int, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         raise ValueError("its list of records does not fit its size")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
         raise _Refused("is a compressed archive, which torch.save does not write: save the tensors with torch.save")
+    if any(entry.compress_size != entry.file_size for entry in entries.values()):  # so much would be allocated
+        raise ValueError("its list of records has two sizes for one record")
     roots = [name.removesuffix("data.pkl") for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise _Refused("is a zip archive, but not of torch.save: it has no data.pkl in a folder")

@@ -202,10 +202,10 @@ def test_shapes_and_strides_are_whole_numbers(tmp_path, view):
     refused(tmp_path, saved({"a": view}, {"s": NUMBERS}), "a tensor('s| has no) shape")
 
 
-def claiming(content, size, claim):
-    """The file with another size of a record in its list."""
+def claiming(content, size, *claims):
+    """The file with other sizes, in the archive and unpacked, of a record in its list."""
     at = content.rindex(struct.pack("<II", size, size))
-    return content[:at] + struct.pack("<II", claim, claim) + content[at + 8 :]
+    return content[:at] + struct.pack("<II", *claims) + content[at + 8 :]
 
 
 def renamed(content, old, new):
@@ -225,7 +225,8 @@ def renamed(content, old, new):
         (saved(ARRAYS, root="net/inner"), "not of torch.save: it has no data.pkl"),
         (archive(program({"a": NUMBERS}), {"0": b"1234"}), "has 4 bytes for 12 float32"),
         (archive(program({"a": NUMBERS}), {"0": bytes(52)}), "has 52 bytes for 12 float32"),
-        (claiming(saved({"a": NUMBERS}), 48, 2**31), "list of records does not fit its size"),
+        (claiming(saved({"a": NUMBERS}), 48, 2**31, 2**31), "list of records does not fit its size"),
+        (claiming(saved({"a": NUMBERS}), 48, 2**31, 48), "two sizes for one record"),
         (archive(program({"a": NUMBERS}), {}), "no item named 'net/data/0'"),
         (archive(bytes(2**22 + 1), {}), "has a pickle of 4194305 bytes, more than 4194304"),
         (archive(program({"a": NUMBERS})[:-1], {}), "truncated or damaged"),
