@@ -61,7 +61,7 @@ class HiddenNetwork(NamedTuple):
     """A subnetwork that the released code of Ramanujan et al. 2020 left.
 
     Fields:
-      weights: every parameter, in float32; they were not trained.
+      weights: every parameter, in float32, before the masks.
       masks: exactly 0 or 1, None at leaves that have no scores.
       scores: what the masks were computed from, as the file has them; None at leaves that have none.
       model_state: {"batch_stats": running means and variances}.
@@ -115,7 +115,7 @@ def load_hidden_network(path: str | Path, model: Model, density: float | None = 
 
     The masks are those of the released code: a layer of n weights keeps the n - int((1 - density) * n) scores of
     largest magnitude, in Python's floats. `sm.edge_popup(density)` on the scores keeps the same weights, but where this
-    count differs from ceil(density * n) on the decimal, by one, or where scores tie.
+    count and ceil(density * n) on the decimal differ by one, or where scores tie.
 
     Args:
       path: of a `.pth` file with a weight and scores for each layer, under "state_dict". Nothing in it is executed,
