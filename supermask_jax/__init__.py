@@ -24,6 +24,7 @@ from supermask_jax.densities import keep_count
 from supermask_jax.layouts import describe, inspect
 from supermask_jax.leaves import Layout, Leaf, equinox_fan_in, equinox_fan_out, flax_fan_in, flax_fan_out
 from supermask_jax.methods import Method
+from supermask_jax.pretrained import load_hidden_network, load_pretrained
 from supermask_jax.selection import (
     global_masks,
     keep_highest,
@@ -85,6 +86,8 @@ __all__ = [
     "layer_densities",
     "layerwise_masks",
     "layouts",
+    "load_hidden_network",
+    "load_pretrained",
     "load_run",
     "load_subnetwork",
     "lottery",

@@ -140,5 +140,6 @@ def _resnet_arguments(network: Network) -> str:
         inner = module.width * (module.widen if module.bottleneck else 1)
         arguments |= {"blocks": list(module.blocks), "width": module.width, "inner": inner}
         arguments |= {"expansion": 4 if module.bottleneck else 1, "large": True, "small_images": module.small}
+        arguments["bias"] = module.bias
     arguments["affine"] = module.affine
     return "\n" + "".join(f"            {name}={value!r},\n" for name, value in arguments.items()) + " " * 8

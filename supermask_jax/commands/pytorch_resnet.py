@@ -53,6 +53,7 @@ class ResNet(nn.Module):
         large: bool,
         affine: bool,
         small_images: bool = False,
+        bias: bool = False,
     ):
         super().__init__()
         shrinks = large and not small_images
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
             stride = 2 if stage != "0" and i == "0" else 1
             self.add_module(name, Block(channels, widths, stride, large, affine))
             channels = out
-        self.dense = nn.Linear(channels, classes, bias=False)
+        self.dense = nn.Linear(channels, classes, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pool(torch.relu(self.norm(self.conv(x))))

@@ -1,7 +1,8 @@
 """Residual networks for images of ImageNet's size, as Ramanujan et al. 2020 use them.
 
-Layers have no biases. By default BatchNorm has no learned scale and bias either, so that all weights are kernels;
-`affine=True` adds both. Batch statistics are the collection "batch_stats", to be carried as `model_state`.
+By default layers have no biases, and BatchNorm has no learned scale and bias, so that all weights are kernels.
+`affine=True` adds both to BatchNorm, `bias=True` a bias to the last layer; with both, the networks are those of
+torchvision. Batch statistics are the collection "batch_stats", to be carried as `model_state`.
 
 Two things differ from the released code. The last layer is a dense kernel (in, out) instead of a 1x1 convolution on one
 pixel, which has the same weights. Running variances average the variance of the batch as it is; PyTorch first
@@ -72,6 +73,7 @@ class ResNet(nn.Module):
         batch on a mesh is normalised as a whole anyway.
       affine: whether every BatchNorm has a learned scale, 1 at the start, and a bias, 0 at the start.
       small: whether images are about 32 x 32, as CIFAR's: then the first layers do not shrink them.
+      bias: whether the last layer has a bias, 0 at the start.
 
     Source: He et al. 2016, table 1.
     """
@@ -84,6 +86,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     affine: bool = False
     small: bool = False
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -98,17 +101,30 @@ class ResNet(nn.Module):
                 stride = 2 if stage and not i else 1
                 block = Block(out, inner, stride, self.axis_name, self.affine, name=f"stage_{stage}_block_{i}")
                 x = block(x, train)
-        return nn.Dense(self.classes, use_bias=False, name="dense")(x.mean(axis=(1, 2)))
+        return nn.Dense(self.classes, use_bias=self.bias, name="dense")(x.mean(axis=(1, 2)))
 
 
 class ResNet18(ResNet):
     """ResNet-18: two basic blocks in each of four stages; 11.7 million weights. Source: He et al. 2016."""
 
 
+class ResNet34(ResNet):
+    """ResNet-34: 3, 4, 6 and 3 basic blocks; 21.8 million weights. Source: He et al. 2016."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+
+
 class ResNet50(ResNet):
     """ResNet-50: 3, 4, 6 and 3 bottlenecks; 25.5 million weights. Source: He et al. 2016."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
+    bottleneck: bool = True
+
+
+class ResNet101(ResNet):
+    """ResNet-101: 3, 4, 23 and 3 bottlenecks; 44.4 million weights. Source: He et al. 2016."""
+
+    blocks: tuple[int, ...] = (3, 4, 23, 3)
     bottleneck: bool = True
 
 

@@ -33,6 +33,7 @@ MODULES = {
     "Conv4": (ConvN(3, depth=4, widen=1 / 16), (9, 8, 3)),
     "VGG-11": (VGG(3, depth=11, widen=1 / 32, affine=True), (32, 32, 3)),
     "pre-activation ResNet": (WideCifarResNet(3, depth=10, widen=0.5, affine=True), (8, 9, 3)),
+    "ResNet with a bias": (ResNet(3, blocks=(1,), width=4, small=True, affine=True, bias=True), (8, 9, 3)),
     "wide ResNet": (ResNet(3, blocks=(1, 1), width=4, bottleneck=True, widen=2), (32, 32, 3)),
 }
 

@@ -48,6 +48,8 @@ ALLOWED = {
         *("backend", "densities", "dynamic", "leaves", "lottery", "saliency", "selection", "supermask", "train"),
         *("trees", "units"),
     },
+    "torch_files": set(),
+    "pretrained": {"container", "supermask", "torch_files", "trees"},
     "graph": {"backend", "trees"},
     "channels": {"graph"},
     "products": {"channels", "graph"},

@@ -105,7 +105,7 @@ BUILDERS = {
     "mlp": (28, 28, 1),
     "cnn": (28, 28, 1),
     **dict.fromkeys(("cifar_resnet", "conv_n", "vgg", "wide_resnet", "small_resnet_18"), (32, 32, 3)),
-    **dict.fromkeys(("resnet_18", "resnet_50"), (64, 64, 3)),
+    **dict.fromkeys(("resnet_18", "resnet_34", "resnet_50", "resnet_101", "wide_resnet_50"), (64, 64, 3)),
 }
 
 

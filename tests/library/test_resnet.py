@@ -64,6 +64,22 @@ def test_the_weights_are_those_of_the_published_tables_and_all_are_kernels(model
     assert {path.rsplit("/", 1)[1] for path in by_path(statistics)} == {"mean", "var"}
 
 
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        (models.ResNet18, 11_689_512),
+        (models.ResNet34, 21_797_672),
+        (models.ResNet50, 25_557_032),
+        pytest.param(models.ResNet101, 44_549_160, marks=pytest.mark.slow),
+        pytest.param(models.WideResNet50, 68_883_240, marks=pytest.mark.slow),
+    ],
+)
+def test_with_learned_normalisation_and_a_bias_there_are_as_many_parameters_as_torchvision_publishes(model, published):
+    params, _ = shapes_of(model(affine=True, bias=True), 64)
+    assert sum(leaf.size for leaf in by_path(params).values()) == published
+    assert by_path(params)["dense/bias"].shape == (1000,)
+
+
 @pytest.mark.parametrize("model", [models.ResNet18(), models.ResNet50(10), models.WideResNet50()])
 def test_images_of_224_end_at_7_by_7_and_give_logits(model):
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 224, 224, 3)))
