@@ -66,7 +66,8 @@ class Model:
     model: Literal[*MODELS] = "convnet"
     """The network. convnet and lenet-300-100 are the MNIST networks of the literature; mlp and cnn have --width and
     --depth; conv2 to conv8, and with BatchNorm resnet-18 to resnet-110, vgg-11 to vgg-19 and wrn-16 to wrn-28 (WRN-22-2
-    is wrn-22 with --widen 2) are those of CIFAR-10; resnet18 and resnet50, without a hyphen, those of ImageNet."""
+    is wrn-22 with --widen 2) are those of CIFAR-10; resnet18 to resnet101, without a
+    hyphen, and wide-resnet50 those of ImageNet."""
     width: int = 100
     """Units (mlp) or channels (cnn) of each hidden layer."""
     depth: int = 2

@@ -151,7 +151,7 @@ def test_what_a_worker_cannot_read_and_a_worker_that_dies_are_errors_that_say_wh
     next(batches)
     for process in multiprocessing.active_children():
         process.kill()
-    with pytest.raises(DataError, match="a process that reads images failed .*same command again"):
+    with pytest.raises(DataError, match=r"a process that reads images failed .*same command again"):
         list(batches)
 
 
