@@ -165,6 +165,7 @@ def settings(root, workdir, **more):
     return parser(command.Config, command.defaults)("prog", [*small, *flags])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_bits_of_one_that_is_not(root, tmp_path):
     whole = run(settings(root, tmp_path / "whole"), "imagenet")
     with signals.stopped_once_training(), pytest.raises(Interrupted, match="saved at step"):

@@ -231,7 +231,7 @@ def test_the_first_and_the_last_layer_that_a_model_names_are_there(model):
     params, state = net._shapes()
     shapes = prunable(params)
     assert {net.first, net.last} <= set(shapes) and shapes[net.last][-1] == 10
-    assert (state is not None) == model.startswith(("resnet", "vgg", "wrn"))
+    assert (state is not None) == model.startswith(("resnet", "wide-resnet", "vgg", "wrn"))
 
 
 @each_network
