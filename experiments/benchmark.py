@@ -43,11 +43,12 @@ class Config:
     experiments.imagenet."""
     faults: bool = False
     """Do harm to real runs instead: kill them, fill their disks, damage their files, and count those that end with the
-    right bits or the right error. Takes half an hour."""
+    right bits or the right error. Takes an hour or so."""
     kills: int = 12
     """With --faults, how many runs are killed; five times as many directories are damaged, as many flags tried."""
     soak_seconds: int = 60
-    """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it."""
+    """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it, at
+    least 20 seconds."""
     output: str | None = None
     """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json,
     faults.json or reading.json there]"""

@@ -66,6 +66,12 @@ class Run:
         batch, devices, method = self.optim.batch_size, self.machine.devices, self.masks.method
         if devices and batch % devices:
             raise UserError(f"--batch-size {batch} does not divide over --devices {devices}.")
+        streams = self.data.dataset == "imagenet" or self.data.stream
+        if self.machine.workers and (not streams or self.machine.parallel == "pmap"):
+            raise UserError(
+                "--workers read images that stay on disk (--dataset imagenet, or folder with --stream), with "
+                "--parallel jit: leave them out."
+            )
         if self.init.scale_weights and METHODS[method].free_density:
             raise UserError(f"--scale-weights scales by --density, and {METHODS[method].free_density}.")
         if self.init.scale_layers and not DISTRIBUTIONS[self.masks.distribution].target:

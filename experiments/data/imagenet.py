@@ -45,6 +45,8 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
       crop: the smallest part of a photograph's area that a random crop has.
       skip_corrupt: whether another training photograph takes the place of one that cannot be read. Each such is named.
 
+    The fingerprint is of the names of classes and files, and of the labels: what is in 1.3 million files is not read.
+
     Raises:
       DataError: there are no photographs, a class is empty, val has classes that train lacks, archives are not
         unpacked, or the development kit does not fit.
@@ -61,9 +63,10 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
         raise DataError(f"{base / 'val'} has classes that {base / 'train'} lacks: {shown}. Both need the same classes")
     place = np.array([names.index(name) for name in of_test], np.int32)
     test = Photographs(base / "val", names_of_test, place[labels], image_size)
-    shape, digest = (image_size, image_size, 3), f"{zlib.crc32(b'/'.join(train.names)):08x}"
+    shape, digest = (image_size, image_size, 3), _digest(names, train, test)
     source = f"photographs in {base}: {len(train):,} to train on, {len(test):,} to evaluate on"
-    name = "imagenet" if len(train) == TRAIN_IMAGES else f"photographs-{digest}"
+    is_whole = (len(train), len(names)) == (TRAIN_IMAGES, 1000)
+    name = "imagenet" if is_whole else f"photographs-{digest}"
     return Dataset(name, train, test, len(names), shape, MEAN, STD, digest, source)
 
 
@@ -113,7 +116,7 @@ class Photographs:
                     images[place], labels[place] = self._decoded(chosen, draw), self.labels[chosen]
                     return
                 except DataError as error:
-                    if not self.skip_corrupt:
+                    if draw is None or not self.skip_corrupt:  # an evaluation counts every photograph once
                         raise
                     self._tell(chosen, error)
             raise DataError(f"no photograph in {self.folder} can be read")
@@ -188,7 +191,15 @@ Listed = tuple[np.ndarray, np.ndarray, list[str]]  # names of files, bytes [n]; 
 
 def _listed(folder: Path) -> Listed:
     """The photographs in the class folders in a folder; classes are sorted by name."""
-    classes = [entry.name for entry in visible(folder) if entry.is_dir()]
+    entries = visible(folder)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    if tars := [entry.name for entry in entries if entry.name.endswith(".tar")]:
+        raise DataError(
+            f"{folder} has archives that are not unpacked ({tars[0]}, ...): cd {folder} && for t in *.tar; do mkdir "
+            "${t%.tar} && tar -xf $t -C ${t%.tar} && rm $t; done"
+        )
+    if loose := [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES)]:
+        raise DataError(f"{folder / loose[0]} lies beside class folders: put it into the folder of its class")
     if len(classes) < 2:
         raise DataError(f"{folder} has {len(classes)} class folders; a data set needs two or more")
     names, labels = [], []
@@ -227,6 +238,14 @@ def _flat(base: Path) -> Listed:
     classes = sorted(set(of_each))
     labels = np.searchsorted(classes, of_each).astype(np.int32)
     return np.array([os.fsencode(file) for file in files]), labels, classes
+
+
+def _digest(classes: list[str], *sources: Photographs) -> str:
+    """The CRC-32 of the names of classes and files, and of the labels, as eight hexadecimal digits."""
+    parts = ["/".join(classes).encode()]
+    for source in sources:
+        parts += [b"/".join(source.names), np.ascontiguousarray(source.labels).tobytes()]
+    return f"{zlib.crc32(b'//'.join(parts)):08x}"
 
 
 def _has_folders(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """Image files by Pillow: opened with errors that name them, by many threads."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ def _pillow():
 
 def in_threads(function: Callable, items: Sequence) -> list:
     """[function(item) for item in items], by threads. Raises the error of the first item that has one."""
+    if multiprocessing.parent_process() is not None:  # a worker beside others, which are as many as there are cores
+        return [function(item) for item in items]
     size = max(1, min(100, len(items) // 64))
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor() as pool:  # its own each time: threads of a shared one would be missing after a fork
@@ -43,7 +46,9 @@ def in_threads(function: Callable, items: Sequence) -> list:
 
 
 def rgb(image: "Image") -> "Image":
-    """The image in red, green and blue, without transparency."""
+    """The image in red, green and blue, without transparency. Of 16 bits of grey, the upper 8 are taken."""
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 256).convert("L")
     if "transparency" in image.info:  # Pillow warns of a palette with transparency that becomes RGB at once
         image = image.convert("RGBA")
     return image.convert("RGB")

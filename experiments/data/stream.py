@@ -1,6 +1,7 @@
 """Batches that are read before they are needed, by threads or by processes."""
 
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,8 +36,15 @@ def batches_ahead(read: Callable[[int], Any], start: int, stop: int, workers: in
         flags.FLAGS.mark_as_parsed()  # or a worker refuses to start: it copies the flags of absl
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         packed = numbers.map(partial(_packed, read)).to_iter_dataset(grain.ReadOptions(num_threads=0))
-        return _of_workers(iter(packed.mp_prefetch(options)))
+        return _of_workers(iter(packed.mp_prefetch(options, worker_init_fn=_ignore_signals)))
     return iter(numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))
+
+
+def _ignore_signals(*_: int) -> None:
+    """A signal to all processes of a run, as by Ctrl-C, is for the one that trains: it saves, and ends its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _packed(read: Callable[[int], Any], number: int) -> bytes:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.faults import damage, disks, inputs, power, soak, stops, surroundings
-from experiments.faults.child_run import MNIST, Fault
+from experiments.faults.child_run import MNIST, Fault, make_fault
 
 
 def all_faults(kills: int, soak_seconds: float) -> list[Callable[[Path], Fault | None]]:
@@ -66,7 +66,11 @@ def _done(kills: int, soak_seconds: float, status) -> Iterator[dict]:
             status(f"{number} of {len(faults)}: {getattr(fault, 'func', fault).__name__.replace('_', ' ')}"),
             tempfile.TemporaryDirectory() as scratch,
         ):
-            seen = fault(Path(scratch))
+            try:
+                seen = fault(Path(scratch))
+            except Exception as error:  # of hours of harm, one that could not be done should lose none of the others
+                name = getattr(fault, "func", fault).__name__.replace("_", " ")
+                seen = make_fault(f"{name}: could not be done", [{"survived": False, "error": repr(error)}])
         if seen is not None:  # a fault that cannot be done here
             lost = [str(details)[-2000:] for details in seen.details if not details["survived"]]
             yield {"fault": seen.fault, "tries": seen.tries, "survived": seen.survived, "lost": lost}

@@ -110,7 +110,7 @@ def train_target(dataset: Dataset, key: jax.Array) -> tuple[Network, Tree]:
     config = changed(Run(), **recipe(MNIST, "best", "dense"), **settings)
     net = network(config.model, config.init, dataset.classes, dataset.image_shape)
     weights, model_state = net.init(leaf_key(key, "weights"))
-    epochs = stepper.Epochs(len(dataset.train), config.optim.batch_size)
+    epochs = stepper.epochs_of(dataset.train, config.optim.batch_size)
     last = config.epochs * epochs.steps
     tx = make_optimizer(config.optim, make_schedule(config.optim, last, epochs.steps))
     loss_fn = make_loss(net, (0.0,), (1.0,))  # pixels stay in [0, 1]: the construction needs inputs >= 0

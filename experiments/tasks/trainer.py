@@ -66,7 +66,7 @@ class Trainer:
         model = Model(model="mlp", width=config.width, depth=config.depth)
         self.network = network(model, Init(), config.outputs, dataset.image_shape)
         self.weights, _ = self.network.init(leaf_key(self._key, "weights"))
-        self._epochs = stepper.Epochs(len(dataset.train), config.optim.batch_size)
+        self._epochs = stepper.epochs_of(dataset.train, config.optim.batch_size)
         self.steps = config.epochs * self._epochs.steps
         self._tx = make_optimizer(config.optim, make_schedule(config.optim, self.steps, self._epochs.steps))
         of_tasks, masks = for_tasks(self.network), Masks(method=config.method, density=config.density)

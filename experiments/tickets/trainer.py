@@ -100,7 +100,7 @@ class Trainer:
         rest, held_out = hold_out(dataset, config.data.validation)
         self._splits = Split("validation", held_out), Split("test", dataset.test)
         alternate = config.augment.flip_alternately
-        self._epochs = stepper.Epochs(len(rest.train), config.optim.batch_size, self.network.has_state, alternate)
+        self._epochs = stepper.epochs_of(rest.train, config.optim.batch_size, self.network.has_state, alternate)
         if not self._epochs.steps:
             raise DataError(
                 f"--batch-size {config.optim.batch_size} needs as many training images, and {dataset.name} has "

@@ -70,10 +70,10 @@ class Parts:
 
     @cached_property
     def epochs(self) -> stepper.Epochs:
-        config, examples = self.config, len(self.dataset.train)
+        config = self.config
         alternate = config.augment.flip_alternately
-        drawn, has_state = self.dataset.train.draws, self.network.has_state
-        epochs = stepper.Epochs(examples, config.optim.batch_size, has_state, alternate, drawn)
+        source, has_state = self.dataset.train, self.network.has_state
+        epochs = stepper.epochs_of(source, config.optim.batch_size, has_state, alternate)
         if not epochs.steps:
             raise DataError(
                 f"--batch-size {epochs.batch_size} needs as many training images, and there are {epochs.examples}: "

@@ -71,6 +71,11 @@ class Epochs(NamedTuple):
         return order
 
 
+def epochs_of(source: Source, batch_size: int, drop_remainder: bool = False, alternate: bool = False) -> Epochs:
+    """The epochs of a source, with draws if it crops at random; arguments as in `Epochs`."""
+    return Epochs(len(source), batch_size, drop_remainder, alternate, source.draws)
+
+
 class Stepper(Protocol):
     """Does the steps of `order` from `start` to `stop`; the state and totals that go in are given away.
 
@@ -215,7 +220,7 @@ class Streamed:
     def __init__(self, step: Callable, learns: str, source: Source, placement: Placement, workers: int = 0):
         self.compile_seconds, self.memory = 0.0, 0
         self._source, self._placement, self._compiled = source, placement, None
-        self._workers, self._order, self._next, self._batches = workers, None, -1, iter(())
+        self._workers, self._order, self._next, self._batches = workers, None, -1, None
 
         def one(state, totals, batch):
             at = state.step
@@ -227,12 +232,11 @@ class Streamed:
     def __call__(self, state, totals, order, start: int, stop: int):
         seconds, batch = 0.0, {}
         if order is not self._order or start != self._next:
-            self._order, self._batches = (
-                order,
-                batches_ahead(
-                    partial(_read, self._source, _of_process(order)), start, len(order[0]), self._workers, self.AHEAD
-                ),
-            )
+            if self._batches is not None:
+                self._batches.close()  # its workers end before new ones begin
+            read = partial(_read, self._source, _of_process(order))
+            self._order = order
+            self._batches = batches_ahead(read, start, len(order[0]), self._workers, self.AHEAD)
         for _ in range(start, stop):
             began = time.perf_counter()  # a run that waits for its images is as slow as they come
             batch = next(self._batches)

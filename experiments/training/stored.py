@@ -109,7 +109,8 @@ def _data_of(data: Data, about: dict[str, Any], usual: Data, file: Path) -> Data
             raise UserError(f"{file} does not say which data set it is of: name one with --dataset.")
         data = dataclasses.replace(data, dataset=name)
     shape = about.get("image_shape")
-    if "image_size" in DATASETS[data.dataset].reads and isinstance(shape, list) and shape and isinstance(shape[0], int):
+    known = data.image_size == usual.image_size and isinstance(shape, list) and shape and isinstance(shape[0], int)
+    if "image_size" in DATASETS[data.dataset].reads and known:
         data = dataclasses.replace(data, image_size=shape[0])  # which the network decides
     return data
 

@@ -2,9 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,12 +26,15 @@ from experiments.config.settings import changed
 from experiments.data import imagenet
 from experiments.data.imagenet import CENTRE, CLASSES, RATIO, TRUTH, cropped
 from experiments.data.load import load
+from experiments.data.source import Arrays
 from experiments.data.stream import batches_ahead
 from experiments.run.errors import DataError, UserError
 from experiments.run.interrupt import Interrupted
+from experiments.training import stepper
 from experiments.training.fit import run
-from experiments.training.stepper import Epochs, _read
+from experiments.training.stepper import Epochs, _read, epochs_of
 
+ROOT = Path(__file__).parents[2]
 WNIDS = ("n01440764", "n02119789", "n03000684")
 SIZES = ((60, 90), (128, 40), (300, 500), (33, 33))  # width, height
 
@@ -110,6 +118,25 @@ def test_a_draw_decides_the_part_and_another_draw_another(root):
     np.testing.assert_array_equal(train.read(np.array([0]))["image"][0], train.read(np.array([0, 3]))["image"][0])
 
 
+def test_of_sixteen_bits_of_grey_the_upper_eight_are_taken(tmp_path):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16)
+    PIL.Image.fromarray(np.tile(levels, (64, 1))).save(tmp_path / "a.png")
+    with PIL.Image.open(tmp_path / "a.png") as image:
+        assert image.mode.startswith("I")
+        pixels = cropped(image, 64)
+    assert (
+        pixels[0, 0].max() < 40 and pixels[0, -1].min() > 215 and np.abs(np.diff(pixels[0, :, 0].astype(int))).max() < 8
+    )
+
+
+def test_every_trainer_asks_a_source_that_crops_for_its_draws(root):
+    train = load("imagenet", root, image_size=8).train
+    assert epochs_of(train, 4).drawn and epochs_of(train, 4).order(jax.random.key(0), 0).draw is not None
+    assert not epochs_of(Arrays(np.zeros((8, 2, 2, 1), np.uint8), np.zeros(8)), 4).drawn
+    rooms = [file.read_text() for file in Path(stepper.__file__).parents[1].rglob("*.py")]
+    assert [text.count("Epochs(") for text in rooms if "stepper.Epochs(" in text] == []
+
+
 def test_an_order_has_draws_of_its_own_for_every_epoch_and_example():
     epochs, key = Epochs(50, 16, drawn=True), jax.random.key(0)
     first, again, later = epochs.order(key, 0), epochs.order(key, 0), epochs.order(key, 1)
@@ -188,6 +215,27 @@ def test_the_file_of_a_run_is_evaluated_to_its_figures_at_the_size_that_it_was_t
     assert figures["test_loss"] == summary["test_loss"] and "the same accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
+def test_a_signal_to_all_processes_of_a_run_with_workers_saves_it(root, tmp_path):
+    flags = ["--model=cnn", "--width=4", "--depth=1", "--image-size=64", "--batch-size=2", "--epochs=400"]
+    flags += ["--warmup-epochs=0", f"--data-dir={root}", f"--workdir={tmp_path / 'run'}", "--workers=2"]
+    program = [sys.executable, "-m", "experiments.imagenet", *flags]
+    process = subprocess.Popen(
+        program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert any(line.startswith("epoch   2/") for line in iter(process.stdout.readline, ""))
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 3 and "saved at step" in said and "Traceback" not in said, said
+
+
+def test_workers_are_refused_where_nothing_is_read_from_disk():
+    for flags in (["--dataset", "mnist-5k", "--model", "mlp"], ["--parallel", "pmap"]):
+        with pytest.raises(UserError, match="--workers read images that stay on disk"):
+            parser(command.Config, command.defaults)("prog", ["--workers", "2", *flags])
+
+
 def test_the_published_settings_are_those_of_the_preset():
     config = parser(command.Config, command.defaults)("prog", [])
     optim = config.optim
@@ -224,6 +272,8 @@ def test_a_corrupt_file_is_named_and_by_flag_another_takes_its_place(copied):
     with pytest.warns(UserWarning, match=re.escape(str(file)) + r".*another takes its place \(1 so far\)"):
         batch = train.read(np.array([2, 3]), np.array([1, 1], np.uint32))
     np.testing.assert_array_equal(batch["image"][0], batch["image"][1])
+    with pytest.raises(DataError):  # an evaluation counts each once
+        train.read(np.array([2]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is told once
         train.read(np.array([2]), np.array([1], np.uint32))
@@ -260,6 +310,8 @@ def test_a_flat_val_has_the_classes_of_the_development_kit(copied):
         (lambda base: flat(base, [3, 3, 1, 1, 2]), "has 6 photographs, and .* tells the classes of 5"),
         (lambda base: flat(base, [3, 3, 1, 1, 2, 9]), "cannot read the classes in .*KeyError"),
         (lambda base: shutil.rmtree(flat(base, [])), "no class folders, and .* are not in .*devkit.*tar -xzf"),
+        (lambda base: (base / "val" / "a.JPEG").touch(), "a.JPEG lies beside class folders"),
+        (lambda base: (base / "train" / "n01.tar").touch(), r"not unpacked \(n01.tar, ...\): cd .* for t in \*.tar"),
         (
             lambda base: (shutil.rmtree(base / "train"), (base / "ILSVRC2012_img_train.tar").touch()),
             r"img_train.tar is not unpacked: cd .*mkdir -p train && tar -xf",

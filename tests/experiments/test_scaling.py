@@ -184,13 +184,17 @@ def test_the_faults_flag_does_harm_and_tells_what_survived(monkeypatch, tmp_path
 
     def all_faults(kills, soak_seconds):
         assert (kills, soak_seconds) == (5, 9)
-        return [flood, lambda scratch: None]  # which cannot be done here
+        return [flood, lambda scratch: None, drought]  # the second cannot be done here
+
+    def drought(scratch):
+        raise child_run.Failed("no rain")
 
     monkeypatch.setattr(table, "all_faults", all_faults)
     file = tmp_path / "faults.json"
     result = benchmark.main(benchmark.Config(faults=True, kills=5, soak_seconds=9, output=str(file)))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
-    (seen,) = result["faults"]
+    seen, failed = result["faults"]
+    assert failed["survived"] == 0 and "no rain" in failed["lost"][0]
     assert (seen["fault"], seen["tries"], seen["survived"], len(seen["lost"])) == ("flood", 7, 4, 3)
     assert "blub" in seen["lost"][0] and re.search(r"flood\W+7\W+4\W", capsys.readouterr().out)
     assert "| flood | 4 of 7 |" in tables.with_tables("<!-- table: faults -->\n<!-- end -->", result)
