@@ -80,7 +80,7 @@ class Config:
             self,
             ("densities", self.densities and all(0 < d < 1 for d in self.densities), "fractions kept, in (0, 1)"),
             *counts(self, "width", "depth", "widths", "depths", "seeds", "epochs", "batch_size"),
-            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
+            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:g}"),
         )
         sizes = {self.depth, *self.depths}
         if self.model == sized.RESNET and not sizes <= set(sized.RESNET_DEPTHS):

@@ -23,7 +23,7 @@ MOST = {
     "width": 2**16,
     "widths": 2**16,
 }
-MOST_RATE = 1e6  # of learning rates and weight decays, which are floats
+MOST_RATE = 3e38  # of learning rates and weight decays: the highest float32, rounded
 
 
 def counts(config, *names: str, least: int = 1) -> list[Rule]:

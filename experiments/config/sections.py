@@ -66,8 +66,8 @@ class Model:
     model: Literal[*MODELS] = "convnet"
     """The network. convnet and lenet-300-100 are the MNIST networks of the literature; mlp and cnn have --width and
     --depth; conv2 to conv8, and with BatchNorm resnet-18 to resnet-110, vgg-11 to vgg-19 and wrn-16 to wrn-28 (WRN-22-2
-    is wrn-22 with --widen 2) are those of CIFAR-10; resnet18 to resnet101, without a
-    hyphen, and wide-resnet50 those of ImageNet."""
+    is wrn-22 with --widen 2) are those of CIFAR-10; resnet18 to resnet101, without the
+    hyphen, and wide-resnet50 are those of ImageNet."""
     width: int = 100
     """Units (mlp) or channels (cnn) of each hidden layer."""
     depth: int = 2
@@ -143,13 +143,13 @@ class Optim:
         require(
             self,
             *counts(self, "batch_size"),
-            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
+            ("learning_rate", 0 < self.learning_rate <= MOST_RATE, f"above 0, at most {MOST_RATE:g}"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("drop_at", all(0 < part < 1 for part in self.drop_at), "parts of the training, in (0, 1)"),
             ("final_rate", 0 < self.final_rate <= 1, "in (0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= MOST["epochs"], "0 or more epochs"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay <= MOST_RATE, f"in [0, {MOST_RATE:,.0f}]"),
+            ("weight_decay", 0 <= self.weight_decay <= MOST_RATE, f"in [0, {MOST_RATE:g}]"),
         )
         if bool(self.drop_at) != (self.schedule == "steps"):
             raise UserError("--drop-at and --schedule steps go together: name the parts of the training, 0.5 0.75 say.")
@@ -202,7 +202,7 @@ class Data:
     image_size: int = 224
     """The side of the squares that photographs are cropped to, in pixels: imagenet."""
     crop: float = 0.08
-    """The smallest part of a photograph that training sees at once; 1: all but for its shape. It is mirrored too:
+    """The smallest part of a photograph's area that training sees; 1: the whole photograph. Half of them are mirrored:
     imagenet."""
     skip_corrupt: bool = False
     """Let another training photograph take the place of one that cannot be read, and name it: imagenet."""

@@ -81,7 +81,7 @@ class ManyTasks:
             ("density", 0 < self.density <= 1, "the fraction kept, in (0, 1]"),
             *counts(self, "width", "depth", "epochs", "inferred_images"),
             *counts(self, "outputs", least=2),
-            ("temperature", 0 < self.temperature <= MOST_RATE, f"above 0, at most {MOST_RATE:,.0f}"),
+            ("temperature", 0 < self.temperature <= MOST_RATE, f"above 0, at most {MOST_RATE:g}"),
             ("seed", 0 <= self.seed < 2**32, "a whole number in [0, 2**32)"),
         )
         self.optim.check()

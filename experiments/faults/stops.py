@@ -125,16 +125,21 @@ PHASES: dict[str, Callable[[ChildRun], bool]] = {
 }
 
 
-def interrupted_phases(scratch: Path, job: Job = MNIST) -> Fault:
+def interrupted_phases(scratch: Path, job: Job = MNIST, phases: tuple[str, ...] = tuple(PHASES)) -> Fault:
     """Ctrl-C while the run compiles, at its first step, while it saves and while it draws.
 
     It ends with status 3 after saving, with 130 where there is nothing to save, or with 0 where it was about to end;
     the same command then ends with the bits of an undisturbed run.
+
+    Args:
+      scratch: a directory for the runs.
+      job: what is run.
+      phases: which of `PHASES`.
     """
     expected, details = undisturbed(scratch, job=job), []
     flags = ("--epochs", str(job.epochs), "--checkpoint-every", str(job.every))
-    for phase, reached in PHASES.items():
-        workdir = scratch / f"phase-{phase.replace(' ', '-')}"
+    for phase in phases:
+        workdir, reached = scratch / f"phase-{phase.replace(' ', '-')}", PHASES[phase]
         cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if phase == "compiling" else {}
         with ChildRun(scratch, workdir, *flags, job=job, variables=cold) as run:
             run.wait_for(lambda run=run, reached=reached: reached(run))

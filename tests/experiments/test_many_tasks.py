@@ -447,7 +447,7 @@ def test_the_defaults_are_the_published_network_and_the_best_recipe_and_presets_
         (["--outputs", "1"], "--outputs must be in [2, 10,000]"),
         (["--epochs", "0"], "--epochs must be in [1, "),
         (["--inferred-images", "0"], "--inferred-images must be in [1, 1,000,000]"),
-        (["--temperature", "0"], "--temperature must be above 0, at most 1,000,000; got 0.0."),
+        (["--temperature", "0"], "--temperature must be above 0, at most 3e+38; got 0.0."),
         (["--seed", "-1"], "--seed must be a whole number in [0, 2**32)"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--validation", "-1"], "--validation must be 0 or more"),

