@@ -207,6 +207,7 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_bits_of_one_that_is
         assert all(one[name] == other[name] for name in one if name not in ("train_seconds", "images_per_second"))
 
 
+@pytest.mark.slow
 def test_the_file_of_a_run_is_evaluated_to_its_figures_at_the_size_that_it_was_trained_at(root, tmp_path, capsys):
     summary = run(settings(root, tmp_path / "run", epochs=1), "imagenet")
     assert summary["dataset"] == f"photographs-{load('imagenet', root).fingerprint}"
