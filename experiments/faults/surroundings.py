@@ -165,7 +165,7 @@ def _on_terminal(
     _resize(ours, columns)
     command = [sys.executable, "-m", MNIST.command, *MNIST.flags, *flags]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-    shown, widths = [], []
+    shown = []
     with subprocess.Popen(command, cwd=ROOT, env=environment | variables, stdin=theirs, stdout=theirs, stderr=theirs):
         os.close(theirs)
         if then:

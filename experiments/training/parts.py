@@ -70,10 +70,8 @@ class Parts:
 
     @cached_property
     def epochs(self) -> stepper.Epochs:
-        config = self.config
-        alternate = config.augment.flip_alternately
-        source, has_state = self.dataset.train, self.network.has_state
-        epochs = stepper.epochs_of(source, config.optim.batch_size, has_state, alternate)
+        config, alternate = self.config, self.config.augment.flip_alternately
+        epochs = stepper.epochs_of(self.dataset.train, config.optim.batch_size, self.network.has_state, alternate)
         if not epochs.steps:
             raise DataError(
                 f"--batch-size {epochs.batch_size} needs as many training images, and there are {epochs.examples}: "
