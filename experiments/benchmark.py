@@ -45,7 +45,7 @@ class Config:
     """Do harm to real runs instead: kill them, fill their disks, damage their files, and count those that end with the
     right bits or the right error. Takes an hour or so."""
     kills: int = 12
-    """With --faults, how many runs are killed; five times as many directories are damaged, as many flags tried."""
+    """With --faults, how many runs are killed and flags tried; a hundred times as many directories are damaged."""
     soak_seconds: int = 60
     """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it, at
     least 20 seconds."""

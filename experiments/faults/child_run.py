@@ -43,8 +43,9 @@ class Job(NamedTuple):
 
 
 MNIST = Job("mnist", "experiments.mnist", ("--model", "mlp", "--width", "16", "--dataset", "mnist-5k"), 4, 60, 25)
-SMALL_VGG = ("--dataset", "colour-digits", "--train-images", "400", "--model", "vgg-11", "--widen", "0.0625")
-CIFAR = Job("cifar", "experiments.cifar", (*SMALL_VGG, "--batch-size", "50"), 3, 30, 6)  # which has BatchNorm
+SMALL_VGG = ("--train-images", "400", "--model", "vgg-11", "--widen", "0.0625", "--batch-size", "50")  # has BatchNorm
+CIFAR = Job("cifar", "experiments.cifar", ("--dataset", "colour-digits", *SMALL_VGG), 3, 30, 6)
+CIFAR_10 = CIFAR._replace(name="cifar10", flags=("--dataset", "cifar10", *SMALL_VGG))  # for those who have it
 
 
 class Failed(Exception):

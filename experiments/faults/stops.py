@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.data import cifar, load
 from experiments.faults.child_run import (
     CIFAR,
+    CIFAR_10,
     MNIST,
     NEVER,
     ChildRun,
@@ -32,8 +34,16 @@ from experiments.faults.child_run import (
     saving,
     undisturbed,
 )
+from experiments.run.errors import UserError
 
-JOBS = (MNIST, CIFAR, MNIST.of_two, CIFAR.of_two)
+
+def jobs() -> tuple[Job, ...]:
+    """What is killed: MNIST and CIFAR-10, in one and in two processes; images of its shape where it is not found."""
+    try:
+        cifar.read(load.directory())
+    except UserError:
+        return (MNIST, CIFAR, MNIST.of_two, CIFAR.of_two)
+    return (MNIST, CIFAR_10, MNIST.of_two, CIFAR_10.of_two)
 
 
 def kills(scratch: Path, tries: int = 20, seed: int = 0, job: Job = MNIST) -> Fault:
@@ -78,8 +88,8 @@ def kills(scratch: Path, tries: int = 20, seed: int = 0, job: Job = MNIST) -> Fa
 
 
 def _named(job: Job) -> str:
-    network = "CIFAR's shape and BatchNorm" if job.command == CIFAR.command else "MNIST"
-    return network + (", two processes" if job.processes > 1 else "")
+    networks = {MNIST.name: "MNIST", CIFAR.name: "CIFAR's shape and BatchNorm", CIFAR_10.name: "CIFAR-10 and BatchNorm"}
+    return networks[job.name.partition("-")[0]] + (", two processes" if job.processes > 1 else "")
 
 
 def stop_signals(
