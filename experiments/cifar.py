@@ -30,8 +30,11 @@ def defaults(preset: str = "quick", method: str = "edge-popup") -> dict:
 
 def main(config: Config) -> dict:
     """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
-    from experiments.training.fit import run  # here, so that --help answers at once
+    from experiments.bench import dry_run  # here, so that --help answers at once
+    from experiments.training.fit import run
 
+    if config.dry_run:
+        return dry_run.show(config)
     return run(config, "cifar")
 
 

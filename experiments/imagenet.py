@@ -16,9 +16,10 @@ PROG = "python -m experiments.imagenet"
 class Config(Run):
     """Find a subnetwork that recognises photographs, or train one by any method, on images that stay on disk."""
 
-    preset: Literal["paper", "random-pruning"] = "paper"
+    preset: Literal["paper", "random-pruning", "rigl"] = "paper"
     """The recipe: the defaults below are those of the --method given. paper: Ramanujan et al. 2020, 100 epochs, of
-    edge-popup and dense. random-pruning: Liu et al. 2022, of random and dense."""
+    edge-popup and dense. random-pruning: Liu et al. 2022, of random and dense. rigl: Evci et al. 2020, of rigl, set,
+    random and dense."""
     model: Model = Model(model="resnet50")
     data: Data = Data(dataset="imagenet")
 
@@ -30,8 +31,11 @@ def defaults(preset: str = "paper", method: str = "edge-popup") -> dict:
 
 def main(config: Config) -> dict:
     """Runs to the end, or resumes, and returns the summary that it also writes to summary.json."""
-    from experiments.training.fit import run  # here, so that --help answers at once
+    from experiments.bench import dry_run  # here, so that --help answers at once
+    from experiments.training.fit import run
 
+    if config.dry_run:
+        return dry_run.show(config)
     return run(config, "imagenet")
 
 

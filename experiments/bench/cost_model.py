@@ -28,6 +28,7 @@ class Chip(NamedTuple):
     """A vendor's published peak figures."""
 
     flops: float  # per second, in the format that matrices of float32 are multiplied in by default
+    bfloat16: float  # the same in bfloat16
     memory: float  # bytes
     bandwidth: float  # of the memory, bytes per second
     link: float  # bytes per second that a chip sends to the others, all its links together, one way
@@ -36,11 +37,12 @@ class Chip(NamedTuple):
 CHIPS = {
     # bfloat16, with which TPUs multiply float32 by default; half of the published bidirectional figure for the links.
     # Source: cloud.google.com/tpu/docs/v5e and v5p. A v5e pod ends at 256 chips, a v5p slice at 6,144.
-    "TPU v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    # H100 SXM: TF32 without sparsity, NVLink one way, which ends at 8 GPUs; not checked against a
-    # data sheet, and in no table of the document.
-    "H100": Chip(494.7e12, 80e9, 3350e9, 450e9),
+    "TPU v5e": Chip(197e12, 197e12, 16e9, 819e9, 200e9),
+    "TPU v5p": Chip(459e12, 459e12, 95e9, 2765e9, 600e9),
+    # SXM modules: TF32 and bfloat16 without sparsity, NVLink one way, which ends at 8 GPUs; not checked against data
+    # sheets, and in no table of the document.
+    "A100": Chip(156e12, 312e12, 80e9, 2039e9, 300e9),
+    "H100": Chip(494.7e12, 989.4e12, 80e9, 3350e9, 450e9),
 }
 
 

@@ -24,8 +24,12 @@ NETWORKS: Mapping[str, tuple[nn.Module, tuple[int, int, int]]] = {  # {name: (mo
 
 @functools.cache
 def describe(name: str) -> Network:
-    """What the formulae need to know of a network. It is read from shapes: nothing is run."""
-    model, image = NETWORKS[name]
+    """What the formulae need to know of a network of `NETWORKS`."""
+    return describe_module(*NETWORKS[name])
+
+
+def describe_module(model: nn.Module, image: tuple[int, int, int]) -> Network:
+    """What the formulae need to know of a model for images of this shape. It is read from shapes: nothing is run."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image)))
     statistics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes.get("batch_stats", {}))
 

@@ -73,8 +73,8 @@ MODELS: Mapping[str, Entry] = {
         for depth in (20, 32, 44, 56, 110)
     },
     "resnet-18": Entry(f"{_ZOO}:small_resnet_18", ("affine", "widen")),
-    **{f"resnet{depth}": Entry(f"{_ZOO}:resnet_{depth}", ("affine",)) for depth in (18, 34, 50, 101)},
-    "wide-resnet50": Entry(f"{_ZOO}:wide_resnet_50", ("affine",)),
+    **{f"resnet{depth}": Entry(f"{_ZOO}:resnet_{depth}", ("affine", "biases")) for depth in (18, 34, 50, 101)},
+    "wide-resnet50": Entry(f"{_ZOO}:wide_resnet_50", ("affine", "biases")),
     **{f"vgg-{depth}": Entry(f"{_ZOO}:vgg", ("affine", "widen"), {"depth": depth}) for depth in (11, 16, 19)},
     **{f"wrn-{depth}": Entry(f"{_ZOO}:wide_resnet", ("affine", "widen"), {"depth": depth}) for depth in (16, 22, 28)},
 }

@@ -32,6 +32,12 @@ class Run:
     """Of everything random, in [0, 2**32). The same command gives the same masks."""
     evaluate: str | None = None
     """Train nothing: evaluate the network in this subnetwork.safetensors, of an earlier run, on the test images."""
+    weights: str | None = None
+    """Begin with the weights of a ResNet of torchvision, timm or Hugging Face, in this .safetensors or .pth file; most
+    need --affine --biases. Scores learn on them, or they are pruned and train on."""
+    dry_run: bool = False
+    """Train nothing: compile the step for these devices, print what it takes (memory, FLOPs, bytes between devices) and
+    how long the training would take on named chips, and stop. ImageNet need not be there."""
     masks: Masks = Masks()
     model: Model = Model()
     init: Init = Init()
@@ -63,6 +69,8 @@ class Run:
             section.check()
         for section in (self.evaluation, self.output, self.machine):
             section.check()
+        if self.dry_run and (self.evaluate or self.machine.parallel == "pmap"):
+            raise UserError("--dry-run compiles the train step of --parallel jit: leave out --evaluate and pmap.")
         batch, devices, method = self.optim.batch_size, self.machine.devices, self.masks.method
         if devices and batch % devices:
             raise UserError(f"--batch-size {batch} does not divide over --devices {devices}.")
@@ -72,6 +80,8 @@ class Run:
                 "--workers read images that stay on disk (--dataset imagenet, or folder with --stream), with "
                 "--parallel jit: leave them out."
             )
+        if self.weights and (self.init.scale_weights or self.init.scale_layers):
+            raise UserError("--weights are taken as they are: leave out --scale-weights and --scale-layers.")
         if self.init.scale_weights and METHODS[method].free_density:
             raise UserError(f"--scale-weights scales by --density, and {METHODS[method].free_density}.")
         if self.init.scale_layers and not DISTRIBUTIONS[self.masks.distribution].target:

@@ -76,12 +76,15 @@ class Model:
     """The convnet's published dropout: whole channels at 0.25 before, units at 0.5 after the first dense layer.
     lenet-300-100: at 0.5 after each hidden layer."""
     biases: bool = False
-    """Biases in lenet-300-100. They are never pruned."""
+    """Biases in lenet-300-100, and in the last layer of ImageNet's networks. They are never pruned."""
     affine: bool = False
     """Learned BatchNorm scales and biases. They learn where weights learn; edge-popup and bernoulli
     leave them at 1 and 0."""
     widen: float = 1.0
     """Factor on the published widths of the networks of CIFAR-10."""
+    bfloat16: bool = False
+    """Compute the network in bfloat16: half the memory of activations, and faster products on accelerators. Weights,
+    scores, masks, batch statistics and the optimizer stay float32, so the same scores select the same weights."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""

@@ -54,9 +54,7 @@ def run(config: Run, experiment: str) -> dict:
     Raises:
       UserError: as `fit` and, with `evaluate`, as `stored.evaluate`; and the data are missing or damaged.
     """
-    machine = config.machine
-    processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
-    processes.require_same_settings(flat(config))
+    join(config)
     if config.evaluate:
         return stored.evaluate(config)
     dataset = processes.in_turn(partial(open_data, config.data))
@@ -65,6 +63,21 @@ def run(config: Run, experiment: str) -> dict:
     if why and config.masks.density != Masks.density and processes.is_first():
         display.show_warning(f"--density {config.masks.density:g} has no effect: {why}.")
     return fit(named(config, dataset.name), dataset, experiment, ood)
+
+
+def join(config: Run) -> None:
+    """Joins the processes that train together, all of which must have the same settings."""
+    machine = config.machine
+    processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
+    processes.require_same_settings(flat(config))
+
+
+def place(config: Run) -> Placement:
+    """The devices of the settings; UserError unless they exist and divide the batch."""
+    placement = Placement(config.machine.devices, config.machine.shard_scores)
+    if config.optim.batch_size % placement.size:
+        raise UserError(f"--batch-size {config.optim.batch_size} does not divide over {placement.size} devices.")
+    return placement
 
 
 def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] = (), single: bool = True) -> dict:
@@ -81,10 +94,7 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
       UserError: settings that do not fit the data, the devices or the work directory; loss or scores that are not
         finite.
     """
-    machine = config.machine
-    placement = Placement(machine.devices, machine.shard_scores)
-    if config.optim.batch_size % placement.size:
-        raise UserError(f"--batch-size {config.optim.batch_size} does not divide over {placement.size} devices.")
+    placement = place(config)
     shows = single and processes.is_first()
     require_same_images(dataset, ood)
     if dataset.warning and shows:
@@ -92,7 +102,9 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
     settings = Settings(flat(config), neutral(type(config)))
     output = config.output.workdir
     path = Path(output).expanduser() if output else default_path(settings, experiment)
-    trained_on, split = splits(config.data, dataset)
+    parts = Parts(config, *splits(config.data, dataset), placement)
+    if config.weights:
+        parts.initial  # noqa: B018 - a file that does not fit is told before there is a work directory
     restart, writes = config.output.restart, processes.is_first()
     open_workdir = partial(Workdir, path, settings, dataset.fingerprint, restart=restart, writes=writes)
     workdir = processes.in_turn(open_workdir)
@@ -100,7 +112,7 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
     with stopping() as stop_requested:
         result = workdir.summary()
         if result is None:
-            result = _Job(Parts(config, trained_on, split, placement), workdir, ood, shows, stop_requested).run()
+            result = _Job(parts, workdir, ood, shows, stop_requested).run()
     if stop_requested() and not single:
         raise Interrupted(f"stopped by a signal, after {workdir.path} was finished.")
     if shows:
@@ -183,10 +195,9 @@ class _Job:
 
     def start(self) -> Progress:
         """Before the first step, on the devices; the masks are not counted yet."""
-        parts, place, method = self.parts, self.parts.placement, self.parts.method
-        key, model_state = leaf_key(parts.key, "train"), parts.initial[1]
-        state = place.place(sm.init_state(method.subnet, parts.tx, key, model_state, learns=method.learns))
-        return Progress(state, place.replicate(stepper.zero_totals()), None, place.replicate(jnp.float32(0)))
+        place = self.parts.placement
+        totals, seconds = place.replicate((stepper.zero_totals(), jnp.float32(0)))
+        return Progress(self.parts.state(), totals, None, seconds)
 
     def events(self, shown: display.Display, checkpoints: Checkpoints) -> list[Event]:
         """What happens between steps, in its order."""

@@ -29,6 +29,7 @@ class Network:
       image_shape: (h, w, c).
       draw: (key, weights) -> weights with new kernels.
       on_host: whether `draw` computes with values, and so cannot be compiled.
+      dtype: what it computes in. Parameters, logits and batch statistics are float32 all the same.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Network:
     image_shape: tuple[int, int, int]
     draw: Callable[[jax.Array, Tree], Tree] = initializers.signed_constant
     on_host: bool = False
+    dtype: Any = jnp.float32
 
     @property
     def has_state(self) -> bool:
@@ -90,11 +92,13 @@ class Network:
           train: whether dropout drops, and batch statistics are those of the batch and are updated.
           key: of dropout, where `train`.
         """
-        variables = {"params": params, **(state or {})}
+        variables, images = {"params": self._computed_in(params), **(state or {})}, self._computed_in(images)
         options: dict[str, Any] = {"train": True, "rngs": {"dropout": key}} if train else {}
         if train and state is not None:
-            return self.module.apply(variables, images, mutable=list(state), **options)
-        return self.module.apply(variables, images, **options), state
+            logits, state = self.module.apply(variables, images, mutable=list(state), **options)
+        else:
+            logits = self.module.apply(variables, images, **options)
+        return logits.astype(jnp.float32), state
 
     def logits(self, params: Tree, state: Tree, images: jax.Array) -> jax.Array:
         """Logits of normalised images, in evaluation."""
@@ -105,6 +109,9 @@ class Network:
         if not hasattr(self.module, "axis_name"):
             return self
         return dataclasses.replace(self, module=self.module.clone(axis_name=name))
+
+    def _computed_in(self, tree: Tree) -> Tree:
+        return tree if self.dtype == jnp.float32 else jax.tree.map(lambda leaf: leaf.astype(self.dtype), tree)
 
     def _variables(self, key: jax.Array) -> tuple[Tree, Tree]:
         variables = dict(self.module.init(key, jnp.zeros((1, *self.image_shape))))
@@ -136,7 +143,8 @@ def network(
     entry, drawn_from = MODELS[model.model], INITIALIZERS[init.init]
     module, first, last = entry.resolve()(classes, **{name: getattr(model, name) for name in entry.reads})
     draw = partial(drawn_from.resolve(), density=density)
-    made = Network(module, first, last, tuple(image_shape), draw, drawn_from.on_host)
+    dtype = jnp.bfloat16 if model.bfloat16 else jnp.float32
+    made = Network(module, first, last, tuple(image_shape), draw, drawn_from.on_host, dtype)
     try:
         made.has_state  # noqa: B018 - traces the module on one image
     except (ArithmeticError, ValueError, TypeError, FlaxError) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 
 import jax
 
@@ -11,7 +12,7 @@ from experiments.config.registry import METHODS
 from experiments.config.run import Run
 from experiments.data.batches import class_sample
 from experiments.data.source import Dataset
-from experiments.run.errors import DataError
+from experiments.run.errors import DataError, UserError
 from experiments.run.placement import Placement
 from experiments.training import stepper
 from experiments.training.evaluation import Evaluator, Split, make_flow
@@ -27,6 +28,17 @@ from supermask_jax.trees import Tree, leaf_key
 
 SAMPLES, SAMPLES_PER_EPOCH = 10, 3  # masks drawn to evaluate a method that draws them: at the end, after each epoch
 FLOW_IMAGES = 50  # of each class, that the gradient flow is measured on
+
+
+def pretrained(file: str, net: Network) -> tuple[Tree, Tree]:
+    """(weights, model_state) of a file for the network; UserError if it cannot be read, or is of another network."""
+    try:
+        return sm.load_pretrained(Path(file).expanduser(), net.module)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"--weights: {error}. Weights are those of a ResNet for ImageNet (--model resnet18 to wide-resnet50, most "
+            "with --affine --biases) and as many classes as the images have."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +77,9 @@ class Parts:
 
     @cached_property
     def initial(self) -> tuple[Tree, Tree]:
-        """(weights, model_state) before training."""
+        """(weights, model_state) before training: drawn, or from the file that the settings name."""
+        if self.config.weights:
+            return pretrained(self.config.weights, self.network)
         return self.network.init(leaf_key(self.key, "weights"))
 
     @cached_property
@@ -105,6 +119,11 @@ class Parts:
         key = leaf_key(self.key, "scores")
         setup = Setup(config.masks, self.network, weights, state, key, self.tx, self.loss, self.sample, self.last_step)
         return METHODS[config.masks.method].resolve()(setup)
+
+    def state(self) -> sm.TrainState:
+        """The state before the first step, on the devices."""
+        key, method = leaf_key(self.key, "train"), self.method
+        return self.placement.place(sm.init_state(method.subnet, self.tx, key, self.initial[1], learns=method.learns))
 
     @cached_property
     def stepper(self) -> stepper.Stepper:

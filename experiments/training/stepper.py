@@ -170,10 +170,13 @@ class OnDevice:
 
         self._many = many
 
+    def lower(self, state: sm.TrainState, totals: dict, order: Order) -> jax.stages.Lowered:
+        """The program of one step, not compiled yet."""
+        return self._lower(1, (state, totals, self._images, self._place(order), np.int32(0)))
+
     def __call__(self, state, totals, order, start: int, stop: int):
         if order is not self._order:  # of a new epoch
-            self._order = order
-            self._placed = jax.tree.map(partial(self._placement.split, axis=1), Order(*order)._replace(draw=None))
+            self._order, self._placed = order, self._place(order)
         seconds, at = 0.0, start
         while at < stop:
             # Two lengths of call and no others: each one is compiled.
@@ -193,14 +196,19 @@ class OnDevice:
         kind = steps, arguments[3].index.shape
         if kind not in self._compiled:
             began = time.perf_counter()
-            out = self._placement.shardings(arguments[0]), self._placement.everywhere
-            function = sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out)
-            self._compiled[kind] = function.lower(*arguments).compile()
+            self._compiled[kind] = self._lower(steps, arguments).compile()
             self.compile_seconds += time.perf_counter() - began
             if not self.memory:  # later, what is held for the next step does not count as free
                 self.memory = memory_of(self._compiled[kind])
                 require_memory(self.memory, self._placement.mesh.local_devices[0])
         return self._compiled[kind]
+
+    def _place(self, order: Order) -> Order:
+        return jax.tree.map(partial(self._placement.split, axis=1), Order(*order)._replace(draw=None))
+
+    def _lower(self, steps: int, arguments: tuple) -> jax.stages.Lowered:
+        out = self._placement.shardings(arguments[0]), self._placement.everywhere
+        return sm.jit(partial(self._many, steps), donate_argnums=(0, 1), out_shardings=out).lower(*arguments)
 
 
 class Streamed:
@@ -229,6 +237,11 @@ class Streamed:
 
         self._one = one
 
+    def lower(self, state: sm.TrainState, totals: dict, order: Order) -> jax.stages.Lowered:
+        """The program of one step, not compiled yet."""
+        batch = _read(self._source, _of_process(order), 0)
+        return self._lower((state, totals, parallel.shard_batch(self._placement.mesh, batch)))
+
     def __call__(self, state, totals, order, start: int, stop: int):
         seconds, batch = 0.0, {}
         if order is not self._order or start != self._next:
@@ -253,13 +266,15 @@ class Streamed:
     def _compile(self, arguments: tuple) -> Callable:
         if self._compiled is None:
             began = time.perf_counter()
-            out = self._placement.shardings(arguments[0]), self._placement.everywhere
-            function = sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out)
-            self._compiled = function.lower(*arguments).compile()
+            self._compiled = self._lower(arguments).compile()
             self.compile_seconds += time.perf_counter() - began
             self.memory = memory_of(self._compiled)
             require_memory(self.memory, self._placement.mesh.local_devices[0])
         return self._compiled
+
+    def _lower(self, arguments: tuple) -> jax.stages.Lowered:
+        out = self._placement.shardings(arguments[0]), self._placement.everywhere
+        return sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out).lower(*arguments)
 
 
 class Pmapped:

@@ -37,7 +37,7 @@ def save(parts: Parts, folder: Path, subnet: sm.Subnet, model_state: Tree, figur
     """
     config, dataset, method = parts.config, parts.dataset, parts.method
     origin: artifact.Origin = artifact.Stored()
-    if method.learns == "scores":
+    if method.learns == "scores" and not config.weights:
         origin = artifact.Drawn(config.init.init.replace("-", "_"), config.seed, "weights", density=parts.scale)
     about = describe(config.model, dataset) | {
         "method": config.masks.method,
@@ -59,6 +59,7 @@ def describe(model: Model, dataset: Dataset) -> dict[str, Any]:
         "model": model.model,
         "architecture": entry.target.partition(":")[2],
         "arguments": {name: getattr(model, name) for name in entry.reads} | dict(entry.arguments),
+        **({"bfloat16": True} if model.bfloat16 else {}),
         "classes": dataset.classes,
         "image_shape": list(dataset.image_shape),
         "mean": [float(value) for value in dataset.mean],
@@ -118,8 +119,8 @@ def _data_of(data: Data, about: dict[str, Any], usual: Data, file: Path) -> Data
 def _network_of(about: dict[str, Any], dataset: Dataset, file: Path):
     try:
         entry = MODELS[about["model"]]
-        options = {name: about["arguments"][name] for name in entry.reads}
-        model = Model(model=about["model"], **options)
+        options = {name: about["arguments"].get(name, getattr(Model(), name)) for name in entry.reads}
+        model = Model(model=about["model"], bfloat16=about.get("bfloat16") is True, **options)
         model.check()
         classes, shape = int(about["classes"]), tuple(int(size) for size in about["image_shape"])
         usable = len(about["mean"]) == len(about["std"]) == shape[-1]
@@ -129,7 +130,7 @@ def _network_of(about: dict[str, Any], dataset: Dataset, file: Path):
         raise UserError(
             f"{file} holds a network for images of {' x '.join(map(str, shape))} in {classes} classes, and "
             f"{dataset.name} has {' x '.join(map(str, dataset.image_shape))} in {dataset.classes}: name another "
-            "--dataset."
+            "--dataset, or the size of the images with --image-size where it can be chosen."
         )
     return network(model, Init(), classes, shape)
 

@@ -156,69 +156,69 @@ def cifar_resnet(classes: int, *, depth: int = 20, widen: float = 1.0, affine: b
     return _resnet(CifarResNet(classes, depth=depth, width=scaled(16, widen), affine=affine))
 
 
-def resnet_18(classes: int, *, affine: bool = False, bias: bool = False) -> Architecture:
+def resnet_18(classes: int, *, affine: bool = False, biases: bool = False) -> Architecture:
     """ResNet-18 for images of about 224 x 224.
 
     Args:
       classes: the number of logits.
       affine: whether BatchNorm has a learned scale and bias, as published.
-      bias: whether the last layer has a bias, as published.
+      biases: whether the last layer has a bias, as published.
 
     Source: He et al. 2016, table 1.
     """
-    return _resnet(resnet.ResNet18(classes, affine=affine, bias=bias))
+    return _resnet(resnet.ResNet18(classes, affine=affine, bias=biases))
 
 
-def resnet_34(classes: int, *, affine: bool = False, bias: bool = False) -> Architecture:
+def resnet_34(classes: int, *, affine: bool = False, biases: bool = False) -> Architecture:
     """ResNet-34 for images of about 224 x 224.
 
     Args:
       classes: the number of logits.
       affine: whether BatchNorm has a learned scale and bias, as published.
-      bias: whether the last layer has a bias, as published.
+      biases: whether the last layer has a bias, as published.
 
     Source: He et al. 2016, table 1.
     """
-    return _resnet(resnet.ResNet34(classes, affine=affine, bias=bias))
+    return _resnet(resnet.ResNet34(classes, affine=affine, bias=biases))
 
 
-def resnet_50(classes: int, *, affine: bool = False, bias: bool = False) -> Architecture:
+def resnet_50(classes: int, *, affine: bool = False, biases: bool = False) -> Architecture:
     """ResNet-50 for images of about 224 x 224.
 
     Args:
       classes: the number of logits.
       affine: whether BatchNorm has a learned scale and bias, as published.
-      bias: whether the last layer has a bias, as published.
+      biases: whether the last layer has a bias, as published.
 
     Source: He et al. 2016, table 1.
     """
-    return _resnet(resnet.ResNet50(classes, affine=affine, bias=bias))
+    return _resnet(resnet.ResNet50(classes, affine=affine, bias=biases))
 
 
-def resnet_101(classes: int, *, affine: bool = False, bias: bool = False) -> Architecture:
+def resnet_101(classes: int, *, affine: bool = False, biases: bool = False) -> Architecture:
     """ResNet-101 for images of about 224 x 224.
 
     Args:
       classes: the number of logits.
       affine: whether BatchNorm has a learned scale and bias, as published.
-      bias: whether the last layer has a bias, as published.
+      biases: whether the last layer has a bias, as published.
 
     Source: He et al. 2016, table 1.
     """
-    return _resnet(resnet.ResNet101(classes, affine=affine, bias=bias))
+    return _resnet(resnet.ResNet101(classes, affine=affine, bias=biases))
 
 
-def wide_resnet_50(classes: int, *, affine: bool = False, bias: bool = False) -> Architecture:
+def wide_resnet_50(classes: int, *, affine: bool = False, biases: bool = False) -> Architecture:
     """Wide ResNet-50-2, whose bottlenecks are twice as wide inside, for images of about 224 x 224.
 
     Args:
       classes: the number of logits.
       affine: whether BatchNorm has a learned scale and bias, as published.
-      bias: whether the last layer has a bias, as published.
+      biases: whether the last layer has a bias, as published.
 
     Source: Zagoruyko and Komodakis 2016.
     """
-    return _resnet(resnet.WideResNet50(classes, affine=affine, bias=bias))
+    return _resnet(resnet.WideResNet50(classes, affine=affine, bias=biases))
 
 
 def _resnet(module: nn.Module) -> Architecture:

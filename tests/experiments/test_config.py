@@ -277,7 +277,7 @@ def test_every_registered_target_is_a_function_and_its_own(name):
         (["--method", "gradual", "--minimum", "5"], "nothing reads --minimum here: it goes with --distribution "),
         (["--method", "dense", "--drop-fraction", "0.1"], "it goes with --method rigl, --method set."),
         (["--method", "bernoulli", "--distribution", "erk"], "nothing reads --distribution here: it goes with --meth"),
-        (["--biases"], "nothing reads --biases here: it goes with --model lenet-300-100."),
+        (["--biases"], "nothing reads --biases here: it goes with --model lenet-300-100, --model resnet101"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused_with_what_does(flags, says):

@@ -18,9 +18,10 @@ from experiments.config.settings import changed
 from experiments.data.batches import epoch_order
 from experiments.data.source import arrays_dataset
 from experiments.mnist import Config
-from experiments.run.errors import DataError
+from experiments.run.errors import DataError, UserError
 from experiments.run.interrupt import Interrupted
 from experiments.training import fit as fitting
+from experiments.training import stored
 from experiments.training.evaluation import make_flow
 from experiments.training.loss import make_loss
 from experiments.training.methods import Setup
@@ -315,3 +316,38 @@ def test_sizes_and_flops_are_those_of_the_kept_weights_of_a_network_with_statist
     for figures in (some, whole):
         most = 2 * sum(layer["kept"] * uses[path] for path, layer in figures["layers"].items())
         assert 0.7 * most < figures["flops"] <= most
+
+
+def test_bfloat16_is_what_the_network_computes_in_and_nothing_else_is(small_model):
+    """Weights, scores, gradients, batch statistics and logits are float32, and the masks are those of the scores."""
+    usual, narrow = (
+        network(Model("normalised", affine=True, bfloat16=narrow), Init(), CLASSES, SHAPE) for narrow in (False, True)
+    )
+    weights, state = usual.init(KEY)
+    images = jax.random.normal(KEY, (BATCH, *SHAPE))
+    logits, after = narrow.apply(weights, state, images, train=True, key=KEY)
+    expected, _ = usual.apply(weights, state, images, train=True, key=KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, after, narrow.init(KEY)))} == {jnp.float32}
+    assert 0 < float(jnp.abs(logits - expected).max()) < 0.02 * float(jnp.abs(expected).max())
+    np.testing.assert_array_equal(logits, logits.astype(jnp.bfloat16), "they were computed in bfloat16")
+    method = METHODS["edge-popup"].resolve()(Setup(Masks(), narrow, weights, state, KEY, None))
+    loss = make_loss(narrow, (0.5, 0.5), (0.2, 0.2))
+    batch = {"image": np.full((BATCH, *SHAPE), 90, np.uint8), "label": np.zeros(BATCH, np.int32)}
+    batch |= {"weight": np.ones(BATCH, np.float32)}
+    step = sm.make_train_step(method.mask_fn, loss, make_optimizer(Config().optim, lambda step: 0.1), learns="scores")
+    begun = sm.init_state(method.subnet, make_optimizer(Config().optim, lambda step: 0.1), KEY, state, learns="scores")
+    done, _ = step(begun, batch)
+    floats = [leaf for leaf in jax.tree.leaves((done.subnet, done.opt_state, done.model_state)) if leaf.dtype != int]
+    assert {leaf.dtype for leaf in floats if jnp.issubdtype(leaf.dtype, jnp.floating)} == {jnp.float32}
+    assert by_path(done.subnet.scores)["dense/kernel"].std() > 0
+
+
+def test_a_run_in_bfloat16_is_evaluated_in_it_and_has_a_name_of_its_own(tmp_path):
+    options = {"model": "lenet-300-100", "init": "signed-constant", "method": "edge-popup", "bfloat16": True}
+    summary = fit(tmp_path / "run", **options)
+    *_, about = sm.load_subnetwork(tmp_path / "run" / "subnetwork.safetensors")
+    assert about["bfloat16"] is True and summary["config"]["bfloat16"] is True
+    assert stored._network_of(about, dataset(), tmp_path).dtype == jnp.bfloat16
+    assert stored._network_of({**about, "bfloat16": False}, dataset(), tmp_path).dtype == jnp.float32
+    with pytest.raises(UserError, match=r"bfloat16 \(was True, now False\)"):
+        fit(tmp_path / "run", **options | {"bfloat16": False})

@@ -255,11 +255,12 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
         "checkpoint_every",
         "preset",
         "evaluate",
+        "dry_run",
     }  # where it lies does not change a cell ...
     elsewhere |= {"devices", "parallel", "shard_scores", "restart"}  # ... nor what it is trained on, or whether again
     elsewhere |= {"coordinator", "num_processes", "process_id", "workers"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
-    others[tuple] = lambda v: (*v, 0.5)
+    others |= {tuple: lambda v: (*v, 0.5), type(None): lambda v: "a file"}
 
     def directory(**settings):
         return default_path(Settings(flat(changed(base, **settings)), neutral(Run)), "cells").name
@@ -268,7 +269,7 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
     for field in fields(Run):
         value = flat(base)[field.name]
         choices = [] if type(value) is tuple else getattr(field.type, "__args__", ())
-        choices = [v for v in choices if v != value and v is not type(None)]
+        choices = [v for v in choices if v != value and not isinstance(v, type)]
         if field.name in elsewhere:
             other = {"preset": "tutorial", "parallel": "pmap"}.get(field.name, 8)
             assert directory(**{field.name: other}) in names

@@ -1,0 +1,145 @@
+"""Networks of PyTorch become subnetworks that the commands evaluate, and weights that runs begin with."""
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import supermask_jax as sm
+from experiments import imagenet, import_weights
+from experiments.config.settings import changed
+from experiments.data.blank import blank_imagenet
+from experiments.run.errors import UserError
+from experiments.run.placement import Placement
+from experiments.training.evaluation import Split
+from experiments.training.parts import Parts
+from supermask_jax.models import ResNet18
+from supermask_jax.trees import by_path
+
+SHAPE = {"blocks": (2, 2, 2, 2), "width": 64, "classes": 3}
+IMAGES = np.random.default_rng(9).normal(size=(2, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return checkpoints.torchvision(**SHAPE, affine=True, bias=True)
+
+
+@pytest.fixture(scope="module")
+def file(arrays, tmp_path_factory):
+    return checkpoints.write(tmp_path_factory.mktemp("torch") / "resnet 18.pth", arrays)
+
+
+def settings(source, tmp_path, **more):
+    own = {"file": source, "model": "resnet18", "classes": 3, "image_size": 32, "output": tmp_path / "net" / "s"}
+    return import_weights.Config(**own | more)
+
+
+def test_a_file_becomes_a_subnetwork_with_the_same_logits(file, arrays, tmp_path, capsys):
+    config = settings(file, tmp_path)
+    assert import_weights.main(config) == config.output.stat().st_size
+    weights, masks, state, about = sm.load_subnetwork(config.output)
+    logits = ResNet18(3, affine=True, bias=True).apply({"params": weights, **state}, IMAGES.transpose(0, 2, 3, 1))
+    expected = checkpoints.logits(arrays, IMAGES)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert not jax.tree.leaves(masks) and about["imported"] == "resnet 18.pth" and about["image_shape"] == [32, 32, 3]
+    assert f"--evaluate '{config.output}'" in capsys.readouterr().out or " " not in str(config.output)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_it_is_pruned_by_magnitude(file, tmp_path, scope):
+    config = settings(file, tmp_path, density=0.3, scope=scope)
+    import_weights.main(config)
+    weights, _ = sm.load_pretrained(file, ResNet18(3, affine=True, bias=True))
+    rank = {"layer": sm.layerwise_masks, "global": sm.global_masks}[scope]
+    expected = rank(sm.saliency.magnitude(weights), 0.3)
+    _, masks, _, about = sm.load_subnetwork(config.output)
+    assert about["density"] == 0.3
+    for path, mask in by_path(expected).items():
+        np.testing.assert_array_equal(by_path(masks)[path], mask)
+
+
+def test_a_hidden_network_keeps_its_masks(tmp_path):
+    arrays = checkpoints.torchvision(**SHAPE, affine=False, bias=False)
+    rng = np.random.default_rng(0)
+    kernels = [name for name, array in arrays.items() if array.ndim == 4]
+    scores = {name.replace(".weight", ".scores"): rng.normal(size=arrays[name].shape) for name in kernels}
+    written = checkpoints.write(
+        tmp_path / "model_best.pth", arrays | {k: v.astype("float32") for k, v in scores.items()}
+    )
+    config = settings(written, tmp_path, affine=False, biases=False, hidden_network=True, density=0.25)
+    import_weights.main(config)
+    expected = sm.load_hidden_network(written, ResNet18(3), 0.25)
+    _, masks, *_ = sm.load_subnetwork(config.output)
+    found = by_path(masks)
+    assert len(by_path(expected.masks)) == len(kernels)
+    for path, mask in by_path(expected.masks).items():
+        np.testing.assert_array_equal(found[path], mask)
+    with pytest.raises(UserError, match=r"holds scores.*--hidden-network"):
+        import_weights.main(changed(config, hidden_network=False))
+
+
+def test_what_cannot_be_read_is_one_error_and_leaves_no_file(file, tmp_path):
+    for more, match in (
+        ({"classes": 4}, r"shape \(3,\).*looks like models.ResNet18\(3.*--classes"),
+        ({"model": "resnet50"}, "looks like models.ResNet18"),
+        ({"affine": False}, "--no-affine"),
+        ({"file": tmp_path / "none.pth"}, "No such file"),
+        ({"hidden_network": True}, "holds no scores"),
+        ({"output": tmp_path}, "is a directory"),
+    ):
+        with pytest.raises(UserError, match=match):
+            import_weights.main(settings(file, tmp_path, **more))
+    assert not list(tmp_path.rglob("s"))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"file": None}, "name the file"),
+        ({"density": 0.0}, "density"),
+        ({"classes": 1}, "classes"),
+        ({"image_size": 4}, "image-size"),
+        ({"hidden_network": True, "scope": "global"}, "leave out --scope"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, more, match):
+    with pytest.raises(UserError, match=match):
+        settings(tmp_path / "f.pth", tmp_path, **more).check()
+
+
+@pytest.mark.parametrize("method", ["edge-popup", "magnitude"])
+def test_a_run_begins_with_the_weights_of_a_file(file, method):
+    options = {"model": "resnet18", "affine": True, "biases": True, "image_size": 32, "method": method, "density": 0.3}
+    config = changed(imagenet.Config(), weights=str(file), **options)
+    data = blank_imagenet(32, 3)
+    parts = Parts(config, data, Split("test", data.test), Placement())
+    weights, state = sm.load_pretrained(file, ResNet18(3, affine=True, bias=True))
+    if method == "magnitude":  # pruned in one shot
+        weights = sm.subnetwork(
+            sm.identity, sm.Subnet(weights, sm.layerwise_masks(sm.saliency.magnitude(weights), 0.3))
+        )
+    begun = parts.state()
+    for got, expected in ((begun.subnet.weights, weights), (begun.model_state, state)):
+        assert set(by_path(got)) == set(by_path(expected))
+        for path, leaf in by_path(expected).items():
+            np.testing.assert_array_equal(by_path(got)[path], leaf)
+
+
+def test_weights_that_do_not_fit_are_told_before_there_is_a_work_directory(file, tmp_path):
+    folder = tmp_path / "photographs"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (40, 40), (80 * number, 90, 9)).save(folder / split / name / f"{number}.png")
+    options = {"model": "resnet18", "image_size": 32, "batch_size": 2, "epochs": 1, "data_dir": str(folder)}
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"--weights: .*--affine --biases"):
+        imagenet.main(changed(imagenet.Config(), weights=str(file), workdir=str(workdir), **options))
+    with pytest.raises(UserError, match=r"--weights: .*No such file"):
+        imagenet.main(changed(imagenet.Config(), weights="none.pth", workdir=str(workdir), **options))
+    assert not workdir.exists()
+    with pytest.raises(UserError, match="taken as they are"):
+        changed(imagenet.Config(), weights=str(file), scale_weights=True).check()
