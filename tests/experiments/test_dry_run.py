@@ -1,17 +1,23 @@
 """--dry-run: the figures of a compiled step are those of the network, nothing is trained and nothing is written."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from experiments import imagenet, mnist
 from experiments.bench import dry_run
+from experiments.bench.networks import describe
+from experiments.config.registry import METHODS
 from experiments.config.settings import changed
 from experiments.data.blank import blank_imagenet
 from experiments.run.errors import DataError, UserError
 from experiments.run.placement import Placement
 from experiments.training.evaluation import Split
+from experiments.training.methods import Setup
 from experiments.training.parts import Parts
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 SIZES = (784 * 100, 100 * 100, 100 * 10)  # of the kernels of an MLP of two hidden layers of 100
 MLP = {"dataset": "mnist-5k", "model": "mlp", "batch_size": 50, "epochs": 3, "density": 0.5}
 
@@ -59,6 +65,19 @@ def test_the_measured_step_is_the_one_that_the_guesses_are_made_from():
         sizes = {"parameters": 11_164_352, "steps": 1, "memory": {"state": 0}, "wire": {}}
         got = dry_run._on_chip(parts, network, sizes, dry_run.CHIPS["H100"])
         assert 1 / got["steps_per_second"] == pytest.approx(seconds, rel=0.01)
+
+
+def test_the_expected_speed_of_resnet_50_is_near_the_published_one():
+    """938 photographs a second by NVIDIA's example on an A100 in TF32, and 2,470 in mixed precision."""
+    network, data = describe("resnet-50"), blank_imagenet()
+    for narrow, text, published in ((False, "997", 938), (True, "1,994", 2470)):
+        config = changed(imagenet.Config(), method="dense", bfloat16=narrow)
+        parts = Parts(config, data, Split("test", data.test), Placement())
+        vars(parts)["method"] = METHODS["dense"].resolve()(Setup(config.masks, None, {}, None, None, None))
+        sizes = {"parameters": 0, "steps": 1, "memory": {"state": 0}, "wire": {}}
+        got = dry_run._on_chip(parts, network, sizes, dry_run.CHIPS["A100"])["steps_per_second"]
+        assert got * config.optim.batch_size == pytest.approx(published, rel=0.2)
+        assert f"{got * config.optim.batch_size:,.0f}" == text and f" {text} " in DOCUMENT.replace("\n", " ")
 
 
 def test_a_state_that_is_larger_than_the_memory_does_not_fit(mlp):

@@ -327,7 +327,7 @@ def test_bfloat16_is_what_the_network_computes_in_and_nothing_else_is(small_mode
     images = jax.random.normal(KEY, (BATCH, *SHAPE))
     logits, after = narrow.apply(weights, state, images, train=True, key=KEY)
     expected, _ = usual.apply(weights, state, images, train=True, key=KEY)
-    assert {leaf.dtype for leaf in jax.tree.leaves((logits, after, narrow.init(KEY)))} == {jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, after, narrow.init(KEY)))} == {np.dtype("float32")}
     assert 0 < float(jnp.abs(logits - expected).max()) < 0.02 * float(jnp.abs(expected).max())
     np.testing.assert_array_equal(logits, logits.astype(jnp.bfloat16), "they were computed in bfloat16")
     method = METHODS["edge-popup"].resolve()(Setup(Masks(), narrow, weights, state, KEY, None))
@@ -338,7 +338,7 @@ def test_bfloat16_is_what_the_network_computes_in_and_nothing_else_is(small_mode
     begun = sm.init_state(method.subnet, make_optimizer(Config().optim, lambda step: 0.1), KEY, state, learns="scores")
     done, _ = step(begun, batch)
     floats = [leaf for leaf in jax.tree.leaves((done.subnet, done.opt_state, done.model_state)) if leaf.dtype != int]
-    assert {leaf.dtype for leaf in floats if jnp.issubdtype(leaf.dtype, jnp.floating)} == {jnp.float32}
+    assert {leaf.dtype for leaf in floats if jnp.issubdtype(leaf.dtype, jnp.floating)} == {np.dtype("float32")}
     assert by_path(done.subnet.scores)["dense/kernel"].std() > 0
 
 
