@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.bench.rows import cores, row
-from experiments.data.imagenet import Photographs, imagenet
+from experiments.data.imagenet import imagenet
+from experiments.data.photographs import Photographs
 from experiments.data.stream import batches_ahead
 
 BATCH = 256
@@ -80,8 +81,8 @@ def _pixels(train: Photographs) -> str:
     from PIL import Image
 
     sizes = []
-    for name in train.names[:200]:
-        with Image.open(os.path.join(train.folder, os.fsdecode(name))) as image:
+    for index in range(min(len(train), 200)):
+        with Image.open(train.stored.photograph(index).file) as image:
             sizes.append(image.size[0] * image.size[1] / 1e6)
     return f"{np.mean(sizes):.2f}"
 

@@ -59,6 +59,8 @@ def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Source]:
     n = len(dataset.train)
     if not 0 <= count < n:
         raise DataError(f"cannot hold out {count} of {n} training images (--validation); 0 to {n - 1} are possible")
+    if not count:  # no labels are needed
+        return dataset, dataset.train.take(np.arange(0))
     # Even steps through the images sorted by class. Even steps through the set as it is can hold out something
     # special: one class of mnist-5k, where classes come in turn; in MNIST every second image is drawn fainter.
     steps = (2 * np.arange(count) + 1) * n // (2 * count)

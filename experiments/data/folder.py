@@ -4,7 +4,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,10 @@ class Files:
 
     def take(self, indices: np.ndarray) -> "Files":
         return Files([self.paths[index] for index in indices], self.labels[indices], self.image_shape)
+
+    def identity(self) -> tuple[Any, ...]:
+        """See `Source.identity`. Paths are left out: another host can have the files elsewhere."""
+        return len(self), self.labels
 
 
 def _splits(base: Path, root: Path) -> tuple[Paths, Paths, str]:

@@ -1,28 +1,23 @@
-"""ImageNet, or any photographs of many sizes in class folders: cropped to one size while they are decoded."""
+"""ImageNet, or any photographs of many sizes: found in class folders, or as tensorflow-datasets prepared them."""
 
-import math
 import os
-import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.data.pictures import in_threads, opened, rgb, visible
+from experiments.data import records
+from experiments.data.photographs import Files, Photographs
+from experiments.data.pictures import visible
 from experiments.data.source import Dataset
 from experiments.run.errors import DataError, brief
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training photographs, as published code has them
 SUFFIXES = (".jpeg", ".jpg", ".png")
 TRUTH, CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # of the development kit
 KIT = ("ILSVRC2012_devkit_t12/data", "data", "")  # where these two are looked for
 TRAIN_IMAGES = 1_281_167  # of ImageNet; other photographs do not pass for it
-CENTRE = 224 / 256  # of the shorter side, that an evaluation sees
-RATIO, TRIES = (3 / 4, 4 / 3), 10  # of a random crop: width / height
+PREPARED = "imagenet2012"  # the set's name in tensorflow-datasets
 UNPACK = {
     "ILSVRC2012_img_train.tar": "mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train && cd train && for t in "
     "*.tar; do mkdir ${t%.tar} && tar -xf $t -C ${t%.tar} && rm $t; done",
@@ -32,12 +27,15 @@ UNPACK = {
 
 
 def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt: bool = False) -> Dataset:
-    """Photographs in `root`/imagenet or, if there is no such directory, in `root`.
+    """Photographs in class folders, or as tensorflow-datasets prepared them.
 
-    Training photographs are train/CLASS/NAME.JPEG; a label is the index of its class among the sorted class names.
-    Those for evaluation are val/CLASS/NAME.JPEG; or val/NAME.JPEG, and beside val the development kit, unpacked, whose
-    files `TRUTH` and `CLASSES` tell the class of each. A file may be JPEG or PNG, whatever its name says, and of any
-    colours.
+    The folders are in `root`/imagenet or, if there is no such directory, in `root`. Training photographs are
+    train/CLASS/NAME.JPEG; a label is the index of its class among the sorted class names. Photographs for evaluation
+    are val/CLASS/NAME.JPEG; or val/NAME.JPEG, and beside val the development kit, unpacked, whose files `TRUTH` and
+    `CLASSES` tell the class of each. A file may be JPEG or PNG, whatever its name says, and of any colours.
+
+    If there is no directory train, the photographs are those of `root`/imagenet2012/VERSION, as tensorflow-datasets
+    prepares them in ArrayRecord files; its split "validation" is for evaluation.
 
     Args:
       root: the directory of the data.
@@ -45,151 +43,55 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
       crop: the smallest part of a photograph's area that a random crop has.
       skip_corrupt: whether another training photograph takes the place of one that cannot be read. Each such is named.
 
-    The fingerprint is of the names of classes and files, and of the labels: what is in 1.3 million files is not read.
+    The fingerprint is of the names of classes and files, and of the labels; or, of a prepared set, of its version, its
+    class names and the lengths of its files. What is in 1.3 million photographs is not read.
 
     Raises:
       DataError: there are no photographs, a class is empty, val has classes that train lacks, archives are not
-        unpacked, or the development kit does not fit.
+        unpacked, the development kit does not fit, or what was prepared is damaged or incomplete.
     """
     base = root / "imagenet" if (root / "imagenet").is_dir() else root
+    if not (base / "train").is_dir() and (prepared := records.found(root / PREPARED)):
+        return _of_records(prepared, image_size, crop, skip_corrupt)
     for split in ("train", "val"):
         if not (base / split).is_dir():
             raise DataError(_missing(base, split))
-    names_of_train, labels, names = _listed(base / "train")
-    train = Photographs(base / "train", names_of_train, labels, image_size, crop, skip_corrupt)
-    names_of_test, labels, of_test = _listed(base / "val") if _has_folders(base / "val") else _flat(base)
+    names_of_train, labels, names = listed(base / "train")
+    files = Files(base / "train", names_of_train, labels)
+    names_of_test, labels, of_test = listed(base / "val") if _has_folders(base / "val") else _flat(base)
     if unknown := sorted(set(of_test) - set(names)):
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise DataError(f"{base / 'val'} has classes that {base / 'train'} lacks: {shown}. Both need the same classes")
     place = np.array([names.index(name) for name in of_test], np.int32)
-    test = Photographs(base / "val", names_of_test, place[labels], image_size)
-    shape, digest = (image_size, image_size, 3), _digest(names, train, test)
-    source = f"photographs in {base}: {len(train):,} to train on, {len(test):,} to evaluate on"
-    is_whole = (len(train), len(names)) == (TRAIN_IMAGES, 1000)
-    name = "imagenet" if is_whole else f"photographs-{digest}"
-    return Dataset(name, train, test, len(names), shape, MEAN, STD, digest, source)
+    test = Files(base / "val", names_of_test, place[labels])
+    train = Photographs(files, image_size, crop, skip_corrupt)
+    digest = _digest(names, files, test)
+    return _dataset(train, Photographs(test, image_size), tuple(names), digest, f"photographs in {base}")
 
 
-class Photographs:
-    """A `Source` of image files of any size, cropped and decoded by threads whenever they are read.
-
-    With `draws` a photograph is cropped and mirrored at random, as training does; without, its centre is read.
-
-    Args:
-      folder: where the files are.
-      names: of the files in it, bytes [n].
-      labels: int32 [n].
-      size: the side of the squares, in pixels.
-      crop, skip_corrupt: as in `imagenet`.
-
-    Source of the crops: Szegedy et al. 2015, with the figures of the code of Ramanujan et al. 2020.
-    """
-
-    draws = True
-
-    def __init__(
-        self,
-        folder: Path,
-        names: np.ndarray,
-        labels: np.ndarray,
-        size: int,
-        crop: float = 1.0,
-        skip_corrupt: bool = False,
-    ):
-        self.folder, self.names, self.labels = folder, names, labels
-        self.size, self.crop, self.skip_corrupt = size, crop, skip_corrupt
-        self._corrupt: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """See `Source.read`. Raises DataError if a file cannot be read."""
-        images, labels = np.empty((len(indices), self.size, self.size, 3), np.uint8), self.labels[indices]
-
-        def decode(place: int) -> None:
-            draw = None if draws is None else int(draws[place])
-            index = int(indices[place])
-            for step in range(len(self)):
-                chosen = (index + step) % len(self)
-                try:
-                    images[place], labels[place] = self._decoded(chosen, draw), self.labels[chosen]
-                    return
-                except DataError as error:
-                    if draw is None or not self.skip_corrupt:  # an evaluation counts every photograph once
-                        raise
-                    self._tell(chosen, error)
-            raise DataError(f"no photograph in {self.folder} can be read")
-
-        in_threads(decode, range(len(indices)))
-        return {"image": images, "label": labels}
-
-    def take(self, indices: np.ndarray) -> "Photographs":
-        names, labels = self.names[indices], self.labels[indices]
-        return Photographs(self.folder, names, labels, self.size, self.crop, self.skip_corrupt)
-
-    def _decoded(self, index: int, draw: int | None) -> np.ndarray:
-        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
-        return opened(path, lambda image: cropped(image, self.size, draw, self.crop))
-
-    def _tell(self, index: int, error: DataError) -> None:
-        if index not in self._corrupt:
-            self._corrupt.add(index)
-            warnings.warn(f"{error}: another takes its place ({len(self._corrupt)} so far)", stacklevel=2)
+def _of_records(prepared: records.Prepared, image_size: int, crop: float, skip_corrupt: bool) -> Dataset:
+    if missing := [split for split in ("train", "validation") if split not in prepared.splits]:
+        raise DataError(
+            f"{prepared.folder} has no split {missing[0]}: prepare the set again, with both archives, of the training "
+            "and of the validation photographs"
+        )
+    train, test = (records.Records(prepared.splits[split]) for split in ("train", "validation"))
+    of_train = Photographs(train, image_size, crop, skip_corrupt)
+    source = f"tensorflow-datasets {PREPARED} {prepared.folder.name} in {prepared.folder}"
+    return _dataset(of_train, Photographs(test, image_size), prepared.class_names, prepared.fingerprint, source)
 
 
-def cropped(image: "Image", size: int, draw: int | None = None, crop: float = 0.08) -> np.ndarray:
-    """A square of a photograph, uint8 [size, size, 3].
-
-    Args:
-      image: the photograph, not decoded yet. A JPEG is decoded no larger than is needed, at a half, a quarter or an
-        eighth of its size.
-      size: the side of the square in pixels.
-      draw: what a random part and a mirroring are drawn from; None for the centre.
-      crop: the smallest part of the photograph's area that is drawn.
-    """
-    from PIL import Image
-
-    width, height = image.size
-    rng = None if draw is None else np.random.Generator(np.random.Philox(draw))
-    left, top, right, bottom = _centre(width, height) if rng is None else _part(width, height, crop, rng)
-    mirrored = rng is not None and rng.random() < 0.5
-    shrink = min((right - left) / size, (bottom - top) / size)
-    if shrink >= 2:
-        image.draft("RGB", (math.ceil(width / shrink), math.ceil(height / shrink)))
-    x, y = image.size[0] / width, image.size[1] / height
-    box = (left * x, top * y, right * x, bottom * y)
-    square = rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(square)
-    return pixels[:, ::-1] if mirrored else pixels
-
-
-def _centre(width: int, height: int) -> tuple[float, float, float, float]:
-    side = CENTRE * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _part(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random part of a photograph (left, top, right, bottom); the largest one of a valid shape if none fits."""
-    low, high = map(math.log, RATIO)
-    for _ in range(TRIES):
-        area = width * height * (crop + (1 - crop) * rng.random())
-        ratio = math.exp(low + (high - low) * rng.random())
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
-            return left, top, left + w, top + h
-    w = min(width, round(height * RATIO[1]))
-    h = min(height, round(width / RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+def _dataset(train: Photographs, test: Photographs, class_names: tuple[str, ...], digest: str, source: str) -> Dataset:
+    classes, shape = len(class_names), (train.size, train.size, 3)
+    name = "imagenet" if (len(train), classes) == (TRAIN_IMAGES, 1000) else f"photographs-{digest}"
+    source += f": {len(train):,} to train on, {len(test):,} to evaluate on"
+    return Dataset(name, train, test, classes, shape, MEAN, STD, digest, source, class_names=class_names)
 
 
 Listed = tuple[np.ndarray, np.ndarray, list[str]]  # names of files, bytes [n]; labels, int32 [n]; class names
 
 
-def _listed(folder: Path) -> Listed:
+def listed(folder: Path) -> Listed:
     """The photographs in the class folders in a folder; classes are sorted by name."""
     entries = visible(folder)
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -240,7 +142,7 @@ def _flat(base: Path) -> Listed:
     return np.array([os.fsencode(file) for file in files]), labels, classes
 
 
-def _digest(classes: list[str], *sources: Photographs) -> str:
+def _digest(classes: list[str], *sources: Files) -> str:
     """The CRC-32 of the names of classes and files, and of the labels, as eight hexadecimal digits."""
     parts = ["/".join(classes).encode()]
     for source in sources:
@@ -263,6 +165,6 @@ def _missing(base: Path, split: str = "train") -> str:
         return f"{archive} is not unpacked: cd {base} && {UNPACK[archive.name]}"
     return (
         f"there are no photographs in {base / split}: put them in {base} as train/CLASS/NAME.JPEG and "
-        "val/CLASS/NAME.JPEG, or name another directory with --data-dir. ImageNet is never downloaded: image-net.org "
-        "gives it to those who register"
+        f"val/CLASS/NAME.JPEG, or as tensorflow-datasets prepares {PREPARED}, or name another directory with "
+        "--data-dir. ImageNet is never downloaded: image-net.org gives it to those who register"
     )

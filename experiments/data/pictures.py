@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,24 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # the content of a file decides, not its name
 
 
-def opened(path: str, use: Callable):
-    """`use` of the image in a file; DataError if the file cannot be read."""
+def opened(file: str | BytesIO, use: Callable, name: str = "", cure: str = "copy it again, or remove it"):
+    """`use` of an image.
+
+    Args:
+      file: its path, or its bytes.
+      use: (image of Pillow, not decoded yet) -> what is returned.
+      name: what an error calls the image, if not by its path.
+      cure: what an error says can be done about an image that is corrupt.
+
+    Raises:
+      DataError: the image cannot be read.
+    """
     Image = _pillow()
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return use(image)
     except Exception as error:  # Pillow raises exceptions of many types on damaged files
-        raise DataError(f"cannot read the image {path} ({brief(error)}); copy it again, or remove it") from error
+        raise DataError(f"cannot read the image {name or file} ({brief(error)}); {cure}") from error
 
 
 def _pillow():

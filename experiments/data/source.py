@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,12 @@ CHUNK = 1000  # images that are counted at once: counting takes eight bytes a pi
 class Source(Protocol):
     """Random access to examples, so that their order is up to the caller."""
 
-    labels: np.ndarray  # int32 [n], of all examples, in memory
     draws: bool  # whether `read` crops and mirrors at random
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n], of all examples. A source may read them when they are first asked for, which can take minutes."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -31,6 +35,10 @@ class Source(Protocol):
 
     def take(self, indices: np.ndarray) -> "Source":
         """A source of these examples only, in this order."""
+        ...
+
+    def identity(self) -> tuple[Any, ...]:
+        """Arrays, and what has a repr, that differ where the examples or their order do; as far as they are at hand."""
         ...
 
 
@@ -56,6 +64,9 @@ class Arrays:
     def take(self, indices: np.ndarray) -> "Arrays":
         return Arrays(self.images[indices], self.labels[indices])
 
+    def identity(self) -> tuple[Any, ...]:
+        return self.images, self.labels
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -70,6 +81,7 @@ class Dataset:
       fingerprint: eight hexadecimal digits that change with the training images and with their order.
       source: one line that says where the images came from.
       warning: text that must be shown to the user, if any.
+      class_names: of the labels 0 to classes - 1; empty where they have no names.
     """
 
     name: str
@@ -82,6 +94,7 @@ class Dataset:
     fingerprint: str
     source: str
     warning: str | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def arrays_dataset(

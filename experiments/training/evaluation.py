@@ -97,8 +97,8 @@ class Evaluator:
           "ece", "brier", "reliability" (for each of count, confidence, accuracy a list by bin), "fgsm_accuracy" (at
           `EPSILON`), and "ood_auroc": {name: area under the curve of the highest probability}.
         """
-        logits, adversarial = self._all_logits(params, state, split.source)
-        labels, confidence = split.source.labels, np.asarray(metrics.max_softmax(logits))
+        logits, adversarial, labels = self._all_logits(params, state, split.source)
+        confidence = np.asarray(metrics.max_softmax(logits))
         bins = metrics.reliability(logits, labels)
         return {
             "ece": float(metrics.expected_calibration_error(logits, labels)),
@@ -135,12 +135,12 @@ class Evaluator:
             yield source.read(np.arange(start, min(start + self._batch, len(source))))
 
     def _all_logits(self, params: Tree, state: Tree, source: Source) -> list[np.ndarray]:
-        """The logits of all images, and of the adversarial images made from them and their labels."""
+        """The logits of all images, those of the adversarial images made from them and their labels, and the labels."""
         parts = []
         for part in self._read(source):
             [images], [labels] = in_batches(part["image"], self._batch), in_batches(part["label"], self._batch)
             both = self._logits_twice(params, state, *map(self._placement.split, (images, labels)))
-            parts.append([np.asarray(logits)[: len(part["label"])] for logits in both])
+            parts.append([np.asarray(logits)[: len(part["label"])] for logits in both] + [part["label"]])
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _clean_and_adversarial(

@@ -9,7 +9,7 @@ from experiments.config.registry import DATASETS
 from experiments.config.sections import Data
 from experiments.data.batches import hold_out
 from experiments.data.load import load
-from experiments.data.source import Arrays, Dataset
+from experiments.data.source import Dataset
 from experiments.run import processes
 from experiments.run.errors import UserError
 from experiments.training.evaluation import Split
@@ -41,7 +41,7 @@ def require_same_images(dataset: Dataset, ood: Sequence[Dataset] = ()) -> None:
     """Raises UserError unless all processes have the same images in the same order. All processes must call."""
     if jax.process_count() == 1:
         return
-    parts = [dataset.fingerprint, dataset.train.labels, dataset.test.labels]
-    for source in [dataset.test, *(each.test for each in ood)]:
-        parts.append(source.images if isinstance(source, Arrays) else len(source))
+    parts = [dataset.fingerprint]
+    for source in (dataset.train, dataset.test, *(each.test for each in ood)):
+        parts += [len(source), *source.identity()]
     processes.require_alike(processes.digest(*parts), "the images and their order must be the same")

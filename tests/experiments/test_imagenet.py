@@ -23,9 +23,10 @@ from experiments import imagenet as command
 from experiments.bench import reading
 from experiments.config.flags import parser
 from experiments.config.settings import changed
-from experiments.data import imagenet
-from experiments.data.imagenet import CENTRE, CLASSES, RATIO, TRUTH, cropped
+from experiments.data import photographs
+from experiments.data.imagenet import CLASSES, TRUTH
 from experiments.data.load import load
+from experiments.data.photographs import CENTRE, RATIO, cropped
 from experiments.data.source import Arrays
 from experiments.data.stream import batches_ahead
 from experiments.run.errors import DataError, UserError
@@ -97,7 +98,7 @@ def test_random_parts_have_the_published_sizes_and_shapes_and_half_are_mirrored(
     areas, ratios = [], []
     for draw in range(500):
         rng = np.random.Generator(np.random.Philox(draw))
-        left, top, right, bottom = imagenet._part(200, 100, 0.08, rng)
+        left, top, right, bottom = photographs._part(200, 100, 0.08, rng)
         assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100
         areas.append((right - left) * (bottom - top) / 20000)
         ratios.append((right - left) / (bottom - top))
