@@ -52,15 +52,15 @@ class Config:
 
 def main(config: Config) -> dict:
     """Trains, or finishes, every cell, draws compare.png and returns what it writes to summary.json."""
-    from experiments.data.load import load_ood  # here, so that --help answers at once
-    from experiments.plots import lines, style, sweeps
+    from experiments.plots import lines, style, sweeps  # here, so that --help answers at once
     from experiments.sweeps import cells, comparison, display
+    from experiments.training.images import open_others
 
     dataset = cells.open_data(config.data)
-    ood = load_ood(config.evaluation.ood, config.data.data_dir, dataset)
+    others = open_others(config.evaluation, config.data, dataset)
     shared = {**flat(config.model), **flat(config.evaluation), **flat(config.data), "epochs": config.epochs}
     grid = comparison.grid(config.methods, config.densities, config.seeds, shared)
-    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, ood)
+    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, others)
     style.save(sweeps.comparison(summary), path / "compare.png")
     masked = [row for row in summary["rows"] if row["asked"] < 1]
     groups = lines.grouped(masked, "method", "asked", "test_accuracy")

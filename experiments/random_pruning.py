@@ -97,12 +97,12 @@ def defaults(preset: str = "short") -> dict:
 
 def main(config: Config) -> dict:
     """Trains, or finishes, every cell, draws the pictures and returns what it writes to summary.json."""
-    from experiments.data.load import load_ood  # here, so that --help answers at once
-    from experiments.plots import lines, style, sweeps
+    from experiments.plots import lines, style, sweeps  # here, so that --help answers at once
     from experiments.sweeps import cells, display, random_masks
+    from experiments.training.images import open_others
 
     dataset = cells.open_data(config.data)
-    ood = load_ood(config.evaluation.ood, config.data.data_dir, dataset)
+    others = open_others(config.evaluation, config.data, dataset)
     names = ("epochs", "batch_size", "learning_rate")
     shared = {name: getattr(config, name) for name in names} | flat(config.evaluation) | flat(config.data)
     if config.preset == "paper":
@@ -112,7 +112,7 @@ def main(config: Config) -> dict:
     grid = random_masks.by_distribution(one, config.distributions, config.methods, *repeated)
     sizes = [sized.Size(config.model, width, depth) for depth in config.depths for width in config.widths]
     grid += random_masks.by_size(sizes, config.size_distributions, *repeated)
-    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, ood)
+    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, others)
     for name, draw in (("distributions.png", sweeps.distributions), ("sizes.png", sweeps.sizes)):
         figure = draw(summary)
         if figure is not None:

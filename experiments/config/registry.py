@@ -61,6 +61,23 @@ DATASETS: Mapping[str, Entry] = {
     "imagenet": Entry("experiments.data.imagenet:imagenet", reads=("image_size", "crop", "skip_corrupt")),
 }
 
+
+@dataclass(frozen=True)
+class TestSetEntry(Entry):
+    """Images that networks are evaluated on and never trained on."""
+
+    __test__ = False  # for pytest, which takes the name for that of a test
+
+    known: bool = True  # whether they are in classes of the training set: --shifted takes it, and otherwise --ood
+
+
+_TEST_SETS = "experiments.data.shifted"
+TEST_SETS: Mapping[str, TestSetEntry] = {
+    "imagenet-v2": TestSetEntry(f"{_TEST_SETS}:imagenet_v2", reads=("image_size",)),
+    "imagenet-a": TestSetEntry(f"{_TEST_SETS}:imagenet_a", reads=("image_size",)),
+    "imagenet-o": TestSetEntry(f"{_TEST_SETS}:imagenet_o", reads=("image_size",), known=False),
+}
+
 _ZOO = "supermask_jax.models.zoo"
 MODELS: Mapping[str, Entry] = {
     "convnet": Entry(f"{_ZOO}:mnist_convnet", reads=("dropout",)),

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.config.limits import MOST, MOST_RATE, counts
-from experiments.config.registry import DATASETS, DISTRIBUTIONS, INITIALIZERS, METHODS, MODELS, OPTIMIZERS
+from experiments.config.registry import (
+    DATASETS,
+    DISTRIBUTIONS,
+    INITIALIZERS,
+    METHODS,
+    MODELS,
+    OPTIMIZERS,
+    TEST_SETS,
+)
 from experiments.run.errors import UserError, require
 
 
@@ -221,6 +229,10 @@ class Data:
         )
 
 
+_OOD = [name for name in DATASETS if name not in ("auto", "idx")]
+_OOD += [name for name, entry in TEST_SETS.items() if not entry.known]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What is measured beside loss and accuracy."""
@@ -228,8 +240,10 @@ class Evaluation:
     assess: bool = False
     """Measure calibration, out-of-distribution detection, adversarial robustness (FGSM, 8/255) and, after each epoch,
     the gradient's norm over the kept weights."""
-    ood: tuple[Literal[*(name for name in DATASETS if name not in ("auto", "idx"))], ...] = ()
+    ood: tuple[Literal[*_OOD], ...] = ()
     """With --assess: out-of-distribution data sets, beside Gaussian noise."""
+    shifted: tuple[Literal[*(name for name, entry in TEST_SETS.items() if entry.known)], ...] = ()
+    """Sets of other photographs in the classes of ImageNet, on which accuracy is measured at the end: imagenet."""
 
     def check(self) -> None:
         """Raises UserError on settings that do not go together."""

@@ -1,5 +1,7 @@
 """ImageNet without ImageNet: its numbers of photographs and classes, for programs that are compiled and never run."""
 
+from typing import Any
+
 import numpy as np
 
 from experiments.data.imagenet import MEAN, STD, TRAIN_IMAGES
@@ -24,6 +26,9 @@ class Blank:
 
     def take(self, indices: np.ndarray) -> "Blank":
         return Blank(len(indices), self._shape[0])
+
+    def identity(self) -> tuple[Any, ...]:
+        return len(self), self._shape
 
 
 def blank_imagenet(image_size: int = 224, classes: int = CLASSES) -> Dataset:

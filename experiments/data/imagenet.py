@@ -65,8 +65,8 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
     place = np.array([names.index(name) for name in of_test], np.int32)
     test = Files(base / "val", names_of_test, place[labels])
     train = Photographs(files, image_size, crop, skip_corrupt)
-    digest = _digest(names, files, test)
-    return _dataset(train, Photographs(test, image_size), tuple(names), digest, f"photographs in {base}")
+    crc, source = digest(names, files, test), f"photographs in {base}"
+    return _dataset(train, Photographs(test, image_size), tuple(names), crc, source)
 
 
 def _of_records(prepared: records.Prepared, image_size: int, crop: float, skip_corrupt: bool) -> Dataset:
@@ -81,11 +81,11 @@ def _of_records(prepared: records.Prepared, image_size: int, crop: float, skip_c
     return _dataset(of_train, Photographs(test, image_size), prepared.class_names, prepared.fingerprint, source)
 
 
-def _dataset(train: Photographs, test: Photographs, class_names: tuple[str, ...], digest: str, source: str) -> Dataset:
+def _dataset(train: Photographs, test: Photographs, class_names: tuple[str, ...], crc: str, source: str) -> Dataset:
     classes, shape = len(class_names), (train.size, train.size, 3)
-    name = "imagenet" if (len(train), classes) == (TRAIN_IMAGES, 1000) else f"photographs-{digest}"
+    name = "imagenet" if (len(train), classes) == (TRAIN_IMAGES, 1000) else f"photographs-{crc}"
     source += f": {len(train):,} to train on, {len(test):,} to evaluate on"
-    return Dataset(name, train, test, classes, shape, MEAN, STD, digest, source, class_names=class_names)
+    return Dataset(name, train, test, classes, shape, MEAN, STD, crc, source, class_names=class_names)
 
 
 Listed = tuple[np.ndarray, np.ndarray, list[str]]  # names of files, bytes [n]; labels, int32 [n]; class names
@@ -142,7 +142,7 @@ def _flat(base: Path) -> Listed:
     return np.array([os.fsencode(file) for file in files]), labels, classes
 
 
-def _digest(classes: list[str], *sources: Files) -> str:
+def digest(classes: list[str], *sources: Files) -> str:
     """The CRC-32 of the names of classes and files, and of the labels, as eight hexadecimal digits."""
     parts = ["/".join(classes).encode()]
     for source in sources:

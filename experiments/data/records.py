@@ -58,7 +58,11 @@ def found(folder: Path) -> Prepared | None:
             return _described(prepared)
     except DataError:
         raise
-    except Exception as error:  # a package that is missing, and whatever damaged files make the readers raise
+    except ImportError as error:
+        raise DataError(
+            f"reading {prepared} takes tensorflow-datasets ({error}): pip install 'supermask-jax[experiments]'"
+        ) from error
+    except Exception as error:  # whatever damaged files make the readers raise
         raise DataError(
             f"cannot read what describes {prepared} ({brief(error)}); prepare the set again, or remove it"
         ) from error

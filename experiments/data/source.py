@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -95,6 +95,18 @@ class Dataset:
     source: str
     warning: str | None = None
     class_names: tuple[str, ...] = ()
+
+
+class Shifted(NamedTuple):
+    """Test images of classes that a network knows, from elsewhere than its training images.
+
+    Fields:
+      dataset: the images, in `test`. Their labels number the classes of this set.
+      classes: int32 [classes of this set], the label that each has in the training set.
+    """
+
+    dataset: Dataset
+    classes: np.ndarray
 
 
 def arrays_dataset(

@@ -10,7 +10,7 @@ from experiments.config.settings import flat
 from experiments.reports.commands import CONFIGS, NO_FLAG, Kind, command_of
 from experiments.run.names import FIRST_NAMES, plain
 
-CHANGE_NOTHING_HERE = {*NO_FLAG, "data", "assess", "ood", "trials", "inferred_images", "temperature"}
+CHANGE_NOTHING_HERE = {*NO_FLAG, "data", "assess", "ood", "shifted", "trials", "inferred_images", "temperature"}
 
 
 class Result(NamedTuple):

@@ -55,6 +55,12 @@ def show_warning(text: str) -> None:
     Console(stderr=True).print(Text(text, style="bold yellow"), soft_wrap=True)
 
 
+def shifted_text(figures: dict) -> str:
+    """What was measured on a shifted set, as `experiments.run.schemas.Shifted` holds it."""
+    accuracy, loss = figures["test_accuracy"], figures["test_loss"]
+    return f"accuracy {accuracy:.2%}, loss {loss:.4f}  ({figures['images']:,} images, {figures['classes']:,} classes)"
+
+
 def show_summary(summary: dict, path) -> None:
     """The result of a run as a table, and where its files are."""
     console = Console(file=sys.stdout)
@@ -74,6 +80,7 @@ def show_summary(summary: dict, path) -> None:
             "on FGSM images": f"accuracy {summary['fgsm_accuracy']:.2%}  (8/255)",
             "out of distribution": f"AUROC {unknown}",
         }
+    rows |= {f"on {name}": shifted_text(figures) for name, figures in summary.get("shifted", {}).items()}
     rows["density"] = f"{summary['density']:.4f}  (fraction of the prunable weights kept)"
     if {"parameters", "flops"} <= set(summary):  # a run of an earlier version does not record them
         rows["size"] = f"{summary['parameters']:,} parameters kept, {summary['flops']:,} FLOPs an image"

@@ -39,6 +39,15 @@ class Layer(Struct):
     density: Fraction
 
 
+class Shifted(Struct):
+    """Of a set of other images in the same classes: the logits of `classes` classes count."""
+
+    test_accuracy: Fraction
+    test_loss: Number
+    images: Count
+    classes: Count
+
+
 class Compared(Struct, kw_only=True):
     """Of summary.json of a training run, what runs are compared by."""
 
@@ -68,6 +77,7 @@ class RunSummary(Compared, kw_only=True):
     brier: Number | UnsetType = UNSET
     fgsm_accuracy: Fraction | UnsetType = UNSET
     ood_auroc: dict[str, Number] | UnsetType = UNSET
+    shifted: dict[str, Shifted] | UnsetType = UNSET
     emptied: list[str] | UnsetType = UNSET
     file_bytes: Count | UnsetType = UNSET
     dense_bytes: Count | UnsetType = UNSET

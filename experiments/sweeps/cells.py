@@ -5,7 +5,7 @@ widened sweep, and another sweep with a cell of the same settings, read that cel
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,14 @@ from experiments.run.names import Settings, default_path
 from experiments.sweeps.display import Display
 from experiments.training import images
 from experiments.training.fit import fit
+from experiments.training.images import NO_OTHERS, Others
 from experiments.training.summary import versions
 
 CHECKPOINT_EVERY = 2000  # steps: many cells take less, and are saved when they end
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
 FIGURES |= {"test_sampled_accuracy"}  # of methods that draw masks
 FIGURES |= {"emptied"}  # layers of which nothing is kept
-ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
+ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow", "shifted"}
 
 
 class Cell(NamedTuple):
@@ -61,7 +62,7 @@ def directory(config: Run) -> str:
     return default_path(Settings(flat(config), neutral(Run)), "cells").name
 
 
-def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dataset] = ()) -> list[dict]:
+def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = NO_OTHERS) -> list[dict]:
     """Trains the cells and returns a row for each, in their order: its labels, its seed and its figures.
 
     Each cell leaves its files in a directory of `folder`; a finished one is read from there. A cell that is infeasible,
@@ -71,7 +72,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dat
       cells: what to train.
       dataset: what to train and evaluate on.
       folder: the directory of all cells.
-      ood: the out-of-distribution data sets that the cells measure on.
+      others: the out-of-distribution and shifted sets that the cells measure on.
     """
     rows, cells = [], list(cells)
     with Display(len(cells)) as shown:
@@ -80,7 +81,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dat
             path = folder / directory(config)
             began, fresh = time.perf_counter(), not (path / "summary.json").exists()
             try:
-                summary = _finish(changed(config, workdir=str(path)), dataset, ood, shown)
+                summary = _finish(changed(config, workdir=str(path)), dataset, others, shown)
             except (Infeasible, Diverged) as error:
                 shown.left_out(labels, config.seed, error)
                 continue
@@ -93,11 +94,11 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, ood: Sequence[Dat
     return rows
 
 
-def _finish(config: Run, dataset: Dataset, ood: Sequence[Dataset], shown: Display) -> dict:
+def _finish(config: Run, dataset: Dataset, others: Others, shown: Display) -> dict:
     """The summary of a cell; waits where another sweep is training it."""
     while True:
         try:
-            return fit(config, dataset, "cells", ood, single=False)
+            return fit(config, dataset, "cells", others, single=False)
         except InUse as error:
             shown.wait(error)
             time.sleep(1)
@@ -116,7 +117,7 @@ def carry_out(
     settings: Mapping[str, Any],
     grid: Iterable[Cell],
     dataset: Dataset,
-    ood: Sequence[Dataset] = (),
+    others: Others = NO_OTHERS,
     **more: Any,
 ) -> tuple[Path, dict]:
     """Trains, or finishes, the cells of a sweep, and writes its summary.json.
@@ -125,7 +126,7 @@ def carry_out(
       workdir: the sweep's directory. The cells lie in cells/ beside it.
       settings: of the sweep, by flat name.
       grid: the cells.
-      dataset, ood: as in `run`.
+      dataset, others: as in `run`.
       more: what else the summary holds.
 
     Returns:
@@ -145,7 +146,7 @@ def carry_out(
         "config": dict(settings),
         "versions": versions(),
         **more,
-        "rows": run(grid, dataset, path.parent / "cells", ood),
+        "rows": run(grid, dataset, path.parent / "cells", others),
     }
     write_json(path / "summary.json", summary)
     return path, summary

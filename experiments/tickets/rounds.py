@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.config.settings import changed, flat, neutral, without_unread
 from experiments.config.tickets import TRAINED, Lottery, Tickets
-from experiments.data.load import load
+from experiments.data.load import load_like
 from experiments.data.source import Dataset
 from experiments.run import schemas
 from experiments.run.display import show_warning
@@ -41,7 +41,7 @@ def open_data(config: Lottery) -> tuple[Lottery, Dataset, Dataset | None]:
         show_warning(dataset.warning)
     dataset, _ = images.splits(changed(config.data, validation=0), dataset)
     transfer_to = config.tickets.transfer_to
-    target = load(transfer_to, config.data.data_dir) if transfer_to else None
+    target = load_like(transfer_to, config.data.data_dir, dataset) if transfer_to else None
     if target and target.warning:
         show_warning(target.warning)
     if target and (target.image_shape, target.classes) != (dataset.image_shape, dataset.classes):

@@ -10,7 +10,7 @@ import numpy as np
 import supermask_jax as sm
 from experiments.data.augment import normalise
 from experiments.data.batches import in_batches
-from experiments.data.source import Arrays, Dataset, Source
+from experiments.data.source import Arrays, Dataset, Shifted, Source
 from experiments.run.placement import Placement
 from experiments.training.loss import losses_and_correct
 from experiments.training.network import Network
@@ -51,10 +51,11 @@ class Evaluator:
             # Copies: masks that are the scores themselves would be given away with the state at the next step.
             return jax.tree.map(jnp.copy, (masks, params))
 
-        def sums(params, state, images, labels, weights):
+        def sums(params, state, classes, images, labels, weights):
             def one(batch):
                 images, labels, weights = batch
-                losses, correct = losses_and_correct(self._logits(params, state, images), labels)
+                logits = self._logits(params, state, images)
+                losses, correct = losses_and_correct(logits if classes is None else logits[:, classes], labels)
                 return jnp.sum(losses * weights), jnp.sum(correct * weights)
 
             losses, correct = jax.lax.map(one, (images, labels, weights))
@@ -68,14 +69,25 @@ class Evaluator:
         """(masks, parameters) of the network: the deterministic one, or the one that a key draws."""
         return self._masked(subnet, key)
 
-    def figures(self, params: Tree, state: Tree, split: Split) -> dict[str, float]:
-        """{"<split>_loss": mean cross-entropy in nats, "<split>_accuracy": fraction}, over all its examples."""
+    def figures(self, params: Tree, state: Tree, split: Split, classes: jax.Array | None = None) -> dict[str, float]:
+        """{"<split>_loss": mean cross-entropy in nats, "<split>_accuracy": fraction}, over all its examples.
+
+        With `classes`, int32 [k], only the logits of these count, and the labels of the split are places among them.
+        """
         loss, correct = 0.0, 0.0
         for batches in self._all_batches(split):
-            sums = self._sums(params, state, *batches)
+            sums = self._sums(params, state, classes, *batches)
             loss, correct = loss + float(sums[0]), correct + float(sums[1])
         examples = len(split.source)
         return {f"{split.name}_loss": loss / examples, f"{split.name}_accuracy": correct / examples}
+
+    def shifted_figures(self, params: Tree, state: Tree, shifted: Shifted) -> dict[str, float]:
+        """What `experiments.run.schemas.Shifted` holds, over all images and the classes of a shifted set."""
+        name, source = shifted.dataset.name, shifted.dataset.test
+        classes = self._placement.replicate(shifted.classes)
+        got = self.figures(params, state, Split(name, source), classes)
+        figures = {f"test_{figure}": got[f"{name}_{figure}"] for figure in ("accuracy", "loss")}
+        return figures | {"images": len(source), "classes": len(shifted.classes)}
 
     def sampled_figures(self, subnet: sm.Subnet, state: Tree, split: Split, keys) -> dict[str, float]:
         """The means of `figures` over the networks that the keys draw, as "<split>_sampled_..."; {} without keys."""

@@ -1,7 +1,7 @@
 """One run from its settings to its files: data, network, method, training, evaluation, summary."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from experiments.config.registry import METHODS
 from experiments.config.run import Run, named
 from experiments.config.sections import Masks
 from experiments.config.settings import flat, neutral
-from experiments.data.load import load_ood
 from experiments.data.source import Dataset
 from experiments.run import display, processes
 from experiments.run.checkpoints import Checkpoints
@@ -27,7 +26,7 @@ from experiments.run.workdir import Workdir
 from experiments.training import stepper, stored, summary
 from experiments.training.evaluation import Split, noise_like
 from experiments.training.events import saving, stop_if_not_finite
-from experiments.training.images import open_data, require_same_images, splits
+from experiments.training.images import NO_OTHERS, Others, open_data, open_others, require_same_images, splits
 from experiments.training.loop import Batch, Event, every, train
 from experiments.training.parts import Parts
 from supermask_jax.trees import Tree, by_path, leaf_key
@@ -58,11 +57,11 @@ def run(config: Run, experiment: str) -> dict:
     if config.evaluate:
         return stored.evaluate(config)
     dataset = processes.in_turn(partial(open_data, config.data))
-    ood = processes.in_turn(partial(load_ood, config.evaluation.ood, config.data.data_dir, dataset))
+    others = processes.in_turn(partial(open_others, config.evaluation, config.data, dataset))
     why = METHODS[config.masks.method].free_density
     if why and config.masks.density != Masks.density and processes.is_first():
         display.show_warning(f"--density {config.masks.density:g} has no effect: {why}.")
-    return fit(named(config, dataset.name), dataset, experiment, ood)
+    return fit(named(config, dataset.name), dataset, experiment, others)
 
 
 def join(config: Run) -> None:
@@ -80,14 +79,14 @@ def place(config: Run) -> Placement:
     return placement
 
 
-def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] = (), single: bool = True) -> dict:
+def fit(config: Run, dataset: Dataset, experiment: str, others: Others = NO_OTHERS, single: bool = True) -> dict:
     """Trains, or resumes, or returns the summary of a finished run. Leaves its files in the work directory.
 
     Args:
       config: the settings, as `named` makes them.
       dataset: what to train and evaluate on.
       experiment: the command's name, for the default work directory.
-      ood: out-of-distribution data sets that the run measures on.
+      others: the out-of-distribution and shifted sets that the run measures on.
       single: whether it shows its progress and draws pictures; if not, it is one of many runs.
 
     Raises:
@@ -96,7 +95,7 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
     """
     placement = place(config)
     shows = single and processes.is_first()
-    require_same_images(dataset, ood)
+    require_same_images(dataset, others)
     if dataset.warning and shows:
         display.show_warning(dataset.warning)
     settings = Settings(flat(config), neutral(type(config)))
@@ -112,7 +111,7 @@ def fit(config: Run, dataset: Dataset, experiment: str, ood: Sequence[Dataset] =
     with stopping() as stop_requested:
         result = workdir.summary()
         if result is None:
-            result = _Job(parts, workdir, ood, shows, stop_requested).run()
+            result = _Job(parts, workdir, others, shows, stop_requested).run()
     if stop_requested() and not single:
         raise Interrupted(f"stopped by a signal, after {workdir.path} was finished.")
     if shows:
@@ -127,14 +126,14 @@ class _Job:
     Fields:
       parts: what it is made of.
       workdir: its files.
-      ood: out-of-distribution data sets that it measures on.
+      others: the out-of-distribution and shifted sets that it measures on.
       shows: whether it shows its progress and draws pictures.
       stop_requested: whether a signal has come.
     """
 
     parts: Parts
     workdir: Workdir
-    ood: Sequence[Dataset]
+    others: Others
     shows: bool
     stop_requested: Callable[[], bool]
 
@@ -266,9 +265,14 @@ class _Job:
         figures |= summary.sizes(parts.network, *parts.initial, masks)
         if parts.config.evaluation.assess:
             others = {"noise": noise_like(parts.dataset, parts.config.seed)}
-            others |= {each.name: each.test for each in self.ood}
+            others |= {each.name: each.test for each in self.others.ood}
             figures |= parts.evaluator.assess(params, state.model_state, test, others)
             figures["gradient_flow"] = [record["gradient_flow"] for record in self.workdir.records()]  # from epoch 0 on
+        if self.others.shifted:
+            figures["shifted"] = {
+                each.dataset.name: parts.evaluator.shifted_figures(params, state.model_state, each)
+                for each in self.others.shifted
+            }
         if processes.is_first():
             figures |= stored.save(parts, self.workdir.path, subnet, model_state, figures)
         result = self.summary(figures, progress.seconds)

@@ -1,18 +1,38 @@
 """Which images a run trains on, and which it is evaluated on, as its settings say."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
 from experiments.config.registry import DATASETS
-from experiments.config.sections import Data
+from experiments.config.sections import Data, Evaluation
 from experiments.data.batches import hold_out
-from experiments.data.load import load
-from experiments.data.source import Dataset
+from experiments.data.load import load, load_ood, load_shifted
+from experiments.data.source import Dataset, Shifted
 from experiments.run import processes
 from experiments.run.errors import UserError
 from experiments.training.evaluation import Split
+
+
+class Others(NamedTuple):
+    """What a run measures on beside its own test images: out-of-distribution and shifted sets."""
+
+    ood: tuple[Dataset, ...] = ()
+    shifted: tuple[Shifted, ...] = ()
+
+
+NO_OTHERS = Others()
+
+
+def open_others(evaluation: Evaluation, data: Data, dataset: Dataset) -> Others:
+    """The sets that the settings name, for a network that is trained on `dataset`.
+
+    Raises:
+      UserError: a set does not fit the network, or its images are missing or damaged.
+    """
+    ood = load_ood(evaluation.ood, data.data_dir, dataset)
+    return Others(ood, load_shifted(evaluation.shifted, data.data_dir, dataset))
 
 
 def open_data(data: Data) -> Dataset:
@@ -37,11 +57,12 @@ def splits(data: Data, dataset: Dataset) -> tuple[Dataset, Split]:
     return rest, split
 
 
-def require_same_images(dataset: Dataset, ood: Sequence[Dataset] = ()) -> None:
+def require_same_images(dataset: Dataset, others: Others = NO_OTHERS) -> None:
     """Raises UserError unless all processes have the same images in the same order. All processes must call."""
     if jax.process_count() == 1:
         return
     parts = [dataset.fingerprint]
-    for source in (dataset.train, dataset.test, *(each.test for each in ood)):
+    tests = [each.test for each in others.ood] + [each.dataset.test for each in others.shifted]
+    for source in (dataset.train, dataset.test, *tests):
         parts += [len(source), *source.identity()]
     processes.require_alike(processes.digest(*parts), "the images and their order must be the same")

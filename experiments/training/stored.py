@@ -11,6 +11,7 @@ import supermask_jax as sm
 from experiments.config.registry import DATASETS, MODELS
 from experiments.config.run import Run
 from experiments.config.sections import Data, Init, Model
+from experiments.data.load import load_shifted
 from experiments.data.source import Dataset
 from experiments.run import display
 from experiments.run.errors import UserError, brief
@@ -78,7 +79,8 @@ def evaluate(config: Run) -> dict[str, Any]:
         set too, unless another one than the command's own is named.
 
     Returns:
-      "test_accuracy" and "test_loss", and the recorded ones as "recorded_accuracy" and "recorded_loss".
+      "test_accuracy" and "test_loss", and the recorded ones as "recorded_accuracy" and "recorded_loss"; with shifted
+      sets, "shifted" as in the summary of a run.
 
     Raises:
       UserError: the file is damaged, or is no network of an experiment; or the images do not fit the network.
@@ -90,15 +92,21 @@ def evaluate(config: Run) -> dict[str, Any]:
         raise UserError(f"{error}.") from error
     dataset = open_data(_data_of(config.data, about, type(config)().data, file))
     net = _network_of(about, dataset, file)
+    shifted = load_shifted(config.evaluation.shifted, config.data.data_dir, dataset)
     dataset = dataclasses.replace(dataset, mean=tuple(about["mean"]), std=tuple(about["std"]))
     method = sm.Method("weights", sm.identity, sm.Subnet(weights, masks))
     placement = Placement(config.machine.devices)
     evaluator = Evaluator(method, net, dataset, placement)
     _, params = evaluator.masked(placement.place(method.subnet))
     figures = evaluator.figures(params, placement.replicate(state), Split("test", dataset.test))
+    others = {
+        each.dataset.name: evaluator.shifted_figures(params, placement.replicate(state), each) for each in shifted
+    }
     recorded = {"recorded_accuracy": about.get("test_accuracy"), "recorded_loss": about.get("test_loss")}
     _show(figures | recorded, about, dataset)
-    return figures | recorded
+    for name, each in others.items():
+        display.say(f"on {name}: {display.shifted_text(each)}")
+    return figures | recorded | ({"shifted": others} if others else {})
 
 
 def _data_of(data: Data, about: dict[str, Any], usual: Data, file: Path) -> Data:

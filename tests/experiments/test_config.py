@@ -252,7 +252,9 @@ def test_every_choice_of_a_registry_is_a_choice_of_its_field():
         assert types[field] == tuple(choices), field
 
 
-@pytest.mark.parametrize("name", ["DATASETS", "DISTRIBUTIONS", "INITIALIZERS", "METHODS", "MODELS", "OPTIMIZERS"])
+@pytest.mark.parametrize(
+    "name", ["DATASETS", "DISTRIBUTIONS", "INITIALIZERS", "METHODS", "MODELS", "OPTIMIZERS", "TEST_SETS"]
+)
 def test_every_registered_target_is_a_function_and_its_own(name):
     for choice, entry in getattr(registry, name).items():
         if entry.target:

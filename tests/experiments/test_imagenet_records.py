@@ -23,7 +23,7 @@ from experiments.data.photographs import cropped
 from experiments.data.stream import batches_ahead
 from experiments.run.errors import DataError
 from experiments.training.fit import run
-from experiments.training.images import require_same_images
+from experiments.training.images import Others, require_same_images
 from experiments.training.stepper import Epochs, _read
 
 WNIDS = ("n01440764", "n02119789", "n03000684")
@@ -168,7 +168,7 @@ def test_several_processes_compare_their_images_without_all_labels(root, no_labe
     dataset = load("imagenet", root, image_size=8)
     fewer = dataclasses.replace(dataset, test=dataset.test.take(np.arange(5)))
     for each in (dataset, load("imagenet", root, image_size=8), fewer):
-        require_same_images(each, [each])
+        require_same_images(each, Others((each,)))
     assert compared[0] == compared[1] != compared[2]
 
 
