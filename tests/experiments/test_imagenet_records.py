@@ -200,7 +200,8 @@ def test_the_newest_version_is_read_and_one_that_is_not_finished_is_not(copied):
     for other in ("5.0.9", "5.1.0.incompleteABC"):
         shutil.copytree(version, version.with_name(other))
     assert version.name in load("imagenet", base).source
-    shutil.copytree(version, version.with_name("5.10.0"))
+    for other in ("5.9.0", "5.10.0"):
+        shutil.copytree(version, version.with_name(other))
     assert "5.10.0" in load("imagenet", base).source
 
 
