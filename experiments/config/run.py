@@ -75,10 +75,9 @@ class Run:
         if devices and batch % devices:
             raise UserError(f"--batch-size {batch} does not divide over --devices {devices}.")
         streams = self.data.dataset == "imagenet" or self.data.stream
-        if self.machine.workers and (not streams or self.machine.parallel == "pmap"):
+        if self.machine.workers and not streams:
             raise UserError(
-                "--workers read images that stay on disk (--dataset imagenet, or folder with --stream), with "
-                "--parallel jit: leave them out."
+                "--workers read images that stay on disk (--dataset imagenet, or folder with --stream): leave them out."
             )
         if self.weights and (self.init.scale_weights or self.init.scale_layers):
             raise UserError("--weights are taken as they are: leave out --scale-weights and --scale-layers.")

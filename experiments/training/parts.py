@@ -133,7 +133,7 @@ class Parts:
         if self.config.machine.parallel == "pmap":
             loss_fn = self.loss(self.network.on_axis(parallel.AXIS), axis_name=parallel.AXIS, **trained)
             step = parallel.pmap_step(method.mask_fn, loss_fn, self.tx, devices=placement.size, donate=True, **options)
-            return stepper.Pmapped(step, method.learns, self.dataset.train, placement)
+            return stepper.Pmapped(step, method.learns, self.dataset.train, placement, self.config.machine.workers)
         step = sm.make_train_step(method.mask_fn, placement.loss(self.loss(**trained)), self.tx, **options)
         calls = stepper.steps_per_call(self.initial[0])
         workers = self.config.machine.workers

@@ -223,12 +223,10 @@ class Streamed:
     """
 
     steps_per_call = 1
-    AHEAD = 4  # batches that are read before they are needed, by each worker
 
     def __init__(self, step: Callable, learns: str, source: Source, placement: Placement, workers: int = 0):
         self.compile_seconds, self.memory = 0.0, 0
-        self._source, self._placement, self._compiled = source, placement, None
-        self._workers, self._order, self._next, self._batches = workers, None, -1, None
+        self._shares, self._placement, self._compiled = Shares(source, workers), placement, None
 
         def one(state, totals, batch):
             at = state.step
@@ -239,20 +237,14 @@ class Streamed:
 
     def lower(self, state: sm.TrainState, totals: dict, order: Order) -> jax.stages.Lowered:
         """The program of one step, not compiled yet."""
-        batch = _read(self._source, _of_process(order), 0)
-        return self._lower((state, totals, parallel.shard_batch(self._placement.mesh, batch)))
+        batch = parallel.shard_batch(self._placement.mesh, self._shares.read_one(order, 0))
+        return self._lower((state, totals, batch))
 
     def __call__(self, state, totals, order, start: int, stop: int):
         seconds, batch = 0.0, {}
-        if order is not self._order or start != self._next:
-            if self._batches is not None:
-                self._batches.close()  # its workers end before new ones begin
-            read = partial(_read, self._source, _of_process(order))
-            self._order = order
-            self._batches = batches_ahead(read, start, len(order[0]), self._workers, self.AHEAD)
-        for _ in range(start, stop):
+        for at in range(start, stop):
             began = time.perf_counter()  # a run that waits for its images is as slow as they come
-            batch = next(self._batches)
+            batch = self._shares.read(order, at)
             arguments = state, totals, parallel.shard_batch(self._placement.mesh, batch)
             seconds += time.perf_counter() - began
             run = self._compile(arguments)
@@ -260,7 +252,6 @@ class Streamed:
             state, totals = run(*arguments)
             jax.block_until_ready(totals)
             seconds += time.perf_counter() - began
-        self._next = stop
         return state, totals, seconds, batch
 
     def _compile(self, arguments: tuple) -> Callable:
@@ -277,19 +268,55 @@ class Streamed:
         return sm.jit(self._one, donate_argnums=(0, 1), out_shardings=out).lower(*arguments)
 
 
+class Shares:
+    """This process's shares of the batches of a source.
+
+    Args:
+      source, workers: as in `Streamed`.
+      ahead: whether they are read before they are needed, which images in memory need not be.
+    """
+
+    AHEAD = 4  # batches that are read before they are needed, by each worker
+
+    def __init__(self, source: Source, workers: int = 0, ahead: bool = True):
+        self._source, self._workers, self._ahead = source, workers, ahead
+        self._order, self._share, self._next, self._batches = None, None, -1, None
+
+    def read(self, order: Order, at: int) -> Batch:
+        """The share of the batch of the step of that index. The next one is expected to be asked for next."""
+        if order is not self._order:
+            self._order, self._share, self._next = order, _of_process(order), -1
+        if not self._ahead:
+            return _read(self._source, self._share, at)
+        if at != self._next:
+            if self._batches is not None:
+                self._batches.close()  # its workers end before new ones begin
+            read = partial(_read, self._source, self._share)
+            self._batches = batches_ahead(read, at, len(order[0]), self._workers, self.AHEAD)
+        self._next = at + 1
+        return next(self._batches)
+
+    def read_one(self, order: Order, at: int) -> Batch:
+        """The same, and none is read ahead."""
+        return _read(self._source, _of_process(order), at)
+
+
 class Pmapped:
     """`Stepper` for a step of `parallel.pmap_step`: one call for each step, with this process's share of a batch.
 
     Args:
       step: of `pmap_step`, on all devices of the placement, with metrics that are sums, except for the loss.
       learns, source, placement: as in `OnDevice`.
+      workers: as in `Streamed`.
     """
 
     steps_per_call = 1
 
-    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement):
+    def __init__(self, step: Callable, learns: str, source: Source, placement: Placement, workers: int = 0):
         self.compile_seconds, self.memory = 0.0, 0
         self._step, self._learns, self._placement, self._source = step, learns, placement, source
+        self._in_memory = isinstance(source, Arrays)
+        self._shares = Shares(source, workers, ahead=not self._in_memory)
 
         def add(totals, metrics, learner, at):
             # pmap gives the devices' means.
@@ -300,10 +327,10 @@ class Pmapped:
 
     def __call__(self, state, totals, order, start: int, stop: int):
         state, totals = self._placement.local((state, totals))
-        share = _of_process(order)
-        began, compiling = time.perf_counter(), not self.compile_seconds
+        began, compiling, batch = time.perf_counter(), not self.compile_seconds, {}
         for at in range(start, stop):
-            state, metrics = self._step(state, _read(self._source, share, at))
+            batch = self._shares.read(order, at)
+            state, metrics = self._step(state, batch)
             totals = self._add(totals, metrics, getattr(state.subnet, self._learns), state.step - 1)
             if compiling:
                 jax.block_until_ready(totals)
@@ -311,7 +338,10 @@ class Pmapped:
                 began = time.perf_counter()
         jax.block_until_ready(totals)
         state, totals = self._placement.as_global((state, totals))
-        return state, totals, time.perf_counter() - began, _read(self._source, order, stop - 1)
+        seconds = time.perf_counter() - began
+        if self._in_memory:  # from disk it would take too long to read all of the batch once more
+            batch = _read(self._source, order, stop - 1)
+        return state, totals, seconds, batch
 
 
 def memory_of(compiled) -> int:

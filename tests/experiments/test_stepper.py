@@ -280,6 +280,22 @@ def test_streamed_images_and_images_on_the_device_give_the_same_bits(pictures):
     assert int(streamed.state.step) == 12 and streamed.totals["count"] == 88
 
 
+def test_under_pmap_images_are_read_ahead_from_disk_with_the_same_bits(pictures):
+    epochs, ends = Epochs(44, 8), []
+    for stream in (False, True):
+        _, step, state = made(axis_name=parallel.AXIS)
+        placement = Placement()
+        run = Pmapped(step, "weights", folder(pictures, stream=stream).train, placement)
+        progress = Progress(placement.place(state), placement.replicate(zero_totals()))
+        advance = over(run, epochs, KEY)
+        for start, stop in ((0, 1), (1, 9)):
+            progress, batch = advance(progress, start, stop)
+        assert (run._shares._batches is not None) is stream
+        ends.append((progress.totals, batch))
+        assert int(progress.state.step) == 9
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
 def test_a_streamed_source_is_read_once_for_every_step_in_order_and_ahead():
     class Noting(Arrays):
         read_at = ()
@@ -296,7 +312,7 @@ def test_a_streamed_source_is_read_once_for_every_step_in_order_and_ahead():
     run(state, totals, order, 4, 8)
     expected = tuple(tuple(indices) for indices in order[0][2:10])
     assert len(source.read_at) >= 6 and source.read_at == expected[: len(source.read_at)]
-    assert run._compiled is not None and 0 < Streamed.AHEAD < 9
+    assert run._compiled is not None and 0 < stepper.Shares.AHEAD < 9
 
 
 def test_what_fails_to_be_read_is_raised_where_the_steps_are_asked_for():
