@@ -183,6 +183,54 @@ def test_what_a_worker_cannot_read_and_a_worker_that_dies_are_errors_that_say_wh
         list(batches)
 
 
+def asks_for_devices(number):
+    """Whether a worker has made JAX look for devices: it would take memory of the GPU from the run."""
+    return jax._src.xla_bridge.backends_are_initialized()
+
+
+@pytest.mark.slow
+def test_a_worker_takes_no_device():
+    """As it did in grain issue 1199."""
+    assert list(batches_ahead(asks_for_devices, 0, 2, workers=1, ahead=1)) == [False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_ends_after_an_error_while_batches_are_read_ahead(workers, tmp_path):
+    """Threads that read ahead kept it alive in grain issue 1196."""
+    (tmp_path / "reading.py").write_text(READING)
+    program = [sys.executable, str(tmp_path / "reading.py"), str(workers)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "RuntimeError: in training" in done.stderr, done.stderr
+
+
+READING = """
+import sys
+from experiments.data.stream import batches_ahead
+
+def number(at):
+    return at
+
+if __name__ == "__main__":
+    batches = batches_ahead(number, 0, 10**6, workers=int(sys.argv[1]), ahead=4)
+    assert next(batches) == 0
+    raise RuntimeError("in training")
+"""
+
+
+def test_photographs_that_are_held_out_are_in_no_batch_of_training(root):
+    """They leaked where a shuffled set was cut, in grain issue 1200."""
+    dataset = load("imagenet", root, image_size=8)
+    rest, held_out = hold_out(dataset, 5)
+    names = set(rest.train.names.tolist()), set(held_out.names.tolist())
+    assert len(held_out) == 5 and not names[0] & names[1]
+    assert names[0] | names[1] == set(dataset.train.names.tolist())
+    orders = [Epochs(len(rest.train), 4, drawn=True).order(jax.random.key(0), epoch) for epoch in range(3)]
+    for order in orders:
+        assert set(rest.train.names[np.unique(order.index)].tolist()) == names[0]
+
+
 # A run.
 
 
@@ -196,8 +244,9 @@ def settings(root, workdir, **more):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_bits_of_one_that_is_not(root, tmp_path):
     whole = run(settings(root, tmp_path / "whole"), "imagenet")
-    with signals.stopped_once_training(), pytest.raises(Interrupted, match="saved at step"):
-        run(settings(root, tmp_path / "parts", checkpoint_every=1), "imagenet")
+    for _ in range(2):
+        with signals.stopped_once_training(), pytest.raises(Interrupted, match="saved at step"):
+            run(settings(root, tmp_path / "parts", checkpoint_every=1), "imagenet")
     resumed = run(settings(root, tmp_path / "parts", checkpoint_every=1), "imagenet")
     assert whole["test_loss"] == resumed["test_loss"]
     records = [
