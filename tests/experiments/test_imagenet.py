@@ -24,6 +24,7 @@ from experiments.bench import reading
 from experiments.config.flags import parser
 from experiments.config.settings import changed
 from experiments.data import photographs
+from experiments.data.batches import hold_out
 from experiments.data.imagenet import CLASSES, TRUTH
 from experiments.data.load import load
 from experiments.data.photographs import CENTRE, RATIO, cropped
@@ -223,12 +224,12 @@ def test_photographs_that_are_held_out_are_in_no_batch_of_training(root):
     """They leaked where a shuffled set was cut, in grain issue 1200."""
     dataset = load("imagenet", root, image_size=8)
     rest, held_out = hold_out(dataset, 5)
-    names = set(rest.train.names.tolist()), set(held_out.names.tolist())
+    names = set(rest.train.stored.names.tolist()), set(held_out.stored.names.tolist())
     assert len(held_out) == 5 and not names[0] & names[1]
-    assert names[0] | names[1] == set(dataset.train.names.tolist())
+    assert names[0] | names[1] == set(dataset.train.stored.names.tolist())
     orders = [Epochs(len(rest.train), 4, drawn=True).order(jax.random.key(0), epoch) for epoch in range(3)]
     for order in orders:
-        assert set(rest.train.names[np.unique(order.index)].tolist()) == names[0]
+        assert set(rest.train.stored.names[np.unique(order.index)].tolist()) == names[0]
 
 
 # A run.
