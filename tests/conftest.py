@@ -1,5 +1,6 @@
 """What every test runs under: warnings are errors, and arrays of different rank never combine by accident."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -9,13 +10,14 @@ import jax
 import pytest
 
 DATA_DIR = os.environ.get("SUPERMASK_DATA_DIR")  # read once, before any test hides it
-# Single operations and plain jax.jit compile without optimization, which is a third of the tests' time. `sm.jit` names
-# its own level, so what users run is compiled as for them.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+# Single operations and plain jax.jit compile without optimization and without the fusion emitters of jaxlib 0.10: with
+# them, the tests take twice as long. `sm.jit` names its own options, so what users run is compiled as for them.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    gc.set_threshold(20_000, 10, 10)  # tracing makes many small objects: by default, looking through them all takes 7 %
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with pytest.MonkeyPatch.context() as patch:  # this process alone: those that tests start are as users start them
         patch.setenv("XLA_FLAGS", f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}")
@@ -44,6 +46,14 @@ def compiled_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # too late for this process, which has imported jax
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp().parent / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_processes():
+    """What processes of their own compile is compiled as here, for tests of a whole run and not of what it computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", QUICK_TO_COMPILE)
         yield
 
 

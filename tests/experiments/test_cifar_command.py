@@ -22,6 +22,7 @@ from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import DataError
 from supermask_jax.models import zoo
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 ROOT = Path(__file__).parents[2]
 TIMES = {"train_seconds", "images_per_second", "compile_seconds"}
 CLASSES, TRAIN, TEST, BATCH = 4, 40, 12, 8

@@ -53,7 +53,9 @@ def test_affine_adds_a_scale_and_a_bias_for_every_channel_and_starts_as_without(
     values = {path: by_path(learned["params"])[path] for path in extra}
     assert sum(leaf.size for leaf in values.values()) == 2 * (3 * 3 + 2 * 6 + 2 * 12)
     assert all(np.all(np.asarray(leaf) == (1 if path.endswith("scale") else 0)) for path, leaf in values.items())
-    np.testing.assert_array_equal(jit(TINY.apply)(plain, x), jit(affine.apply)(learned, x))
+    default = {"xla_cpu_use_fusion_emitters": True}  # jaxlib's: in other fusions, last bits differ
+    one, other = (jax.jit(model.apply, compiler_options=default) for model in (TINY, affine))
+    np.testing.assert_array_equal(one(plain, x), other(learned, x))
 
 
 def conv(x, kernel, stride):

@@ -182,10 +182,11 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 def test_draws_are_the_same_sharded_over_eight_devices():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}",
         "PJRT_NPROC": "32",  # with a thread per core, eight devices on few cores can wait for each other forever
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
     }

@@ -330,11 +330,11 @@ print(sum(fuzz.check(mutation) is None for mutation in fuzz.every_fourth_value_e
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not tell a process its size")
+@pytest.mark.usefixtures("quick_processes")
 def test_thousands_of_mutations_stay_within_a_gibibyte():
     """In a process of its own, whose memory is limited: what XLA takes counts, too."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
     }
     command = [sys.executable, "-W", "error", "-c", WITHIN_LIMITS]

@@ -446,10 +446,11 @@ ON_EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_scores_sharded_over_devices_give_the_same_masks_and_are_never_gathered():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}",
         "PJRT_NPROC": "32",  # with a thread per core, eight devices on few cores can wait for each other forever
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
     }

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,18 @@ from experiments.run.errors import UserError
 from experiments.run.names import Settings
 from experiments.run.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 SETTINGS = Settings(flat(Config()), neutral(Config))
 TREE = {"a": jnp.arange(5000.0), "key": jax.random.key(3)}
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """One directory for all tests: programs are compiled once, and the undisturbed run is made once."""
-    return tmp_path_factory.mktemp("faults")
+    """One directory for all tests: the undisturbed run is made once, and programs once for these and other tests."""
+    folder, shared = tmp_path_factory.mktemp("faults"), Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    shared.mkdir(exist_ok=True)
+    (folder / "compiled").symlink_to(shared)
+    return folder
 
 
 def assert_survived(fault):

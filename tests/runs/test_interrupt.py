@@ -16,6 +16,7 @@ from experiments.run.interrupt import stopping
 from experiments.run.names import Settings
 from experiments.run.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,32 +29,31 @@ def finished(command, **more):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_stopped_by_a_signal_it_saves_and_what_it_prints_resumes_it(tmp_path, number):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-    process = subprocess.Popen(
-        flags(tmp_path / "run", "--epochs", "400"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    signal.signal(signal.SIGHUP, before)
-    lines = iter(process.stdout.readline, "")
-    assert any(line.startswith("epoch   2/") for line in lines), process.stderr.read()
+def stopped(process, number, workdir):
+    """Sends the signal; returns the step that the run says it has saved at, and the command that it says resumes it."""
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 3, said
     assert "stopped by a signal; saved at step" in said and "Resume with:" in said and "Traceback" not in said
     step = int(said.split("saved at step ")[1].split(" ")[0])
-    assert f"saved at step {step} of {400 * 63} in {tmp_path / 'run'}. Resume with:\n" in said
-    assert step >= 2 * 63
+    assert f"saved at step {step} of {400 * 63} in {workdir}. Resume with:\n" in said
     program, *rest = shlex.split(said.strip().splitlines()[-1])
     assert str(ROOT / program) == sys.executable and rest[:2] == ["-m", "experiments.mnist"]
-    again = subprocess.Popen(
-        [sys.executable, *rest], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert any(f"resumed from step {step} of {400 * 63}" in line for line in iter(again.stdout.readline, ""))
-    again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=120)
-    assert again.returncode == 3
+    return step, [sys.executable, *rest]
+
+
+@pytest.mark.slow
+def test_stopped_by_any_signal_it_saves_and_what_it_prints_resumes_it(tmp_path):
+    command, begins, steps = flags(tmp_path / "run", "--epochs", "400"), "epoch   2/", [2 * 63]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGHUP, before)
+        assert any(begins in line for line in iter(process.stdout.readline, "")), process.stderr.read()
+        step, command = stopped(process, number, tmp_path / "run")
+        steps.append(step)
+        begins = f"resumed from step {step} of {400 * 63}"
+    assert steps == sorted(steps)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(len(records)))
 

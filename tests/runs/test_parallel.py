@@ -15,6 +15,7 @@ import pytest
 
 from supermask_jax import parallel
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 CASES = [name for name in vars(on_devices) if name.startswith("case_")]
 
 
@@ -22,8 +23,7 @@ def start(devices, *arguments):
     """A Python process of on_devices.py with that many CPU devices: this one has its devices already."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Barely optimized: compiling is what takes the time here.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # compilations are counted
         "PJRT_NPROC": "32",  # with a thread per core, eight devices on few cores can wait for each other forever
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

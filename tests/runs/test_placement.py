@@ -28,6 +28,7 @@ from experiments.run.errors import UserError
 from experiments.run.placement import Placement
 from experiments.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(Path(fit_on_devices.__file__))]
 COUNTED_LIKE = 1e-5  # relative: sums in another order

@@ -24,6 +24,7 @@ from experiments.run.checkpoints import Checkpoints
 from experiments.run.interrupt import Interrupted
 from experiments.training import fit as fitting
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 ROOT = Path(__file__).parents[2]
 TIMES = ("train_seconds", "images_per_second")
 
