@@ -118,6 +118,7 @@ def test_the_blocks_of_running_run():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 def test_the_recipes_train_when_they_are_put_into_the_files_that_they_name(tmp_path):
     """In a copy of the sources: what a reader does who follows the page to the letter, and then its commands."""
     for package in ("experiments", "supermask_jax"):
