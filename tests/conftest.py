@@ -8,11 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from compiling import QUICK
 
 DATA_DIR = os.environ.get("SUPERMASK_DATA_DIR")  # read once, before any test hides it
-# Single operations and plain jax.jit compile without optimization and without the fusion emitters of jaxlib 0.10: with
-# them, the tests take twice as long. `sm.jit` names its own options, so what users run is compiled as for them.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
@@ -20,7 +18,7 @@ def pytest_configure(config):
     gc.set_threshold(20_000, 10, 10)  # tracing makes many small objects: by default, looking through them all takes 7 %
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with pytest.MonkeyPatch.context() as patch:  # this process alone: those that tests start are as users start them
-        patch.setenv("XLA_FLAGS", f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}")
+        patch.setenv("XLA_FLAGS", f"{QUICK} {os.environ.get('XLA_FLAGS', '')}")
         jax.devices()  # reads it
     # What this process compiles is kept for its next tests: many compile the same step again. A directory of its own,
     # because the cache has no locks.
@@ -53,7 +51,7 @@ def compiled_once(tmp_path_factory):
 def quick_processes():
     """What processes of their own compile is compiled as here, for tests of a whole run and not of what it computes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", QUICK_TO_COMPILE)
+        patch.setenv("XLA_FLAGS", QUICK)
         yield
 
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+from compiling import QUICK
 
 from experiments import benchmark, benchmark_tables
 from experiments.bench import hlo, networks, scaling, scaling_step, tables
@@ -12,7 +13,6 @@ from experiments.bench.cost_model import CHIPS, Assumed, Network, collective_byt
 from experiments.faults import child_run, damage, disks, inputs, power, soak, stops, surroundings, table
 from supermask_jax.threshold import SAMPLE
 
-FLAGS = f"{scaling.QUICK} --xla_cpu_use_fusion_emitters=false"  # sooner still; the collectives are the same
 DEVICES, BATCH = 8, 16
 SMALL, LARGE, NORMALISED = "mnist-convnet", "mlp", "tiny-resnet"  # 1.2 million scores, 25 million, and few
 FILES = benchmark_tables.Config()
@@ -27,7 +27,7 @@ COMPILED = [
 @pytest.fixture(scope="module")
 def compiled():
     """{(network, layout, ...): what `traffic` says}, from one process with eight devices."""
-    answers = scaling.in_child(DEVICES, scaling_step.traffic, COMPILED, FLAGS)
+    answers = scaling.in_child(DEVICES, scaling_step.traffic, COMPILED, QUICK)
     return dict(zip((case[:2] + case[3:] for case in COMPILED), answers, strict=True))
 
 

@@ -366,7 +366,7 @@ def test_a_network_that_does_not_fit_the_images_is_refused_before_training(tmp_p
 def test_tickets_move_only_between_images_of_one_shape_and_as_many_classes(tmp_path, monkeypatch):
     sets = {"mnist": images(), "cifar10": images(seed=1)}
     monkeypatch.setattr(rounds.images, "load", lambda name, *_, **__: sets[name])
-    monkeypatch.setattr(rounds, "load", lambda name, *_: sets[name])
+    monkeypatch.setattr(rounds, "load_like", lambda name, *_: sets[name])
     for one, other in (("mnist", "cifar10"), ("cifar10", "mnist")):
         _, dataset, target = rounds.open_data(config(tmp_path, dataset=one, transfer_to=other))
         assert (dataset.name, target.name) == (sets[one].name, sets[other].name)
