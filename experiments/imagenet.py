@@ -18,8 +18,8 @@ class Config(Run):
 
     preset: Literal["paper", "random-pruning", "rigl"] = "paper"
     """The recipe: the defaults below are those of the --method given. paper: Ramanujan et al. 2020, 100 epochs, of
-    edge-popup and dense. random-pruning: Liu et al. 2022, of random and dense. rigl: Evci et al. 2020, of rigl, set,
-    random and dense."""
+    edge-popup and dense; other methods take them over. random-pruning: Liu et al. 2022, of random and dense. rigl: Evci
+    et al. 2020, of rigl, set, random and dense."""
     model: Model = Model(model="resnet50")
     data: Data = Data(dataset="imagenet")
 

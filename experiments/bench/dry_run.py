@@ -21,11 +21,13 @@ from experiments.training import fit, stepper, summary
 from experiments.training.images import open_data, splits
 from experiments.training.parts import Parts
 
-# What one step reached that was measured on an H100: dense training of CIFAR's ResNet-18, batches of 128, 4.32 ms
-# (docs/speed.md). Its FLOPs take that long at this share of the peak, and so many transfers of each activation at the
-# peak of the memory; which of the two it was is not known, so the slower one is expected of other networks.
+# What steps took that were measured on an H100 (docs/speed.md, docs/scaling.md). Dense training of CIFAR's ResNet-18 in
+# batches of 128 takes 4.32 ms: its FLOPs at this share of the peak, or so many transfers of each activation at the peak
+# of the memory. Which of the two it was is not known, so the slower one is expected of other networks.
 SHARE, TRANSFERS = 0.2, 23.0
-SELECTION = 230.0  # transfers of each score, of edge-popup's selection and masking there: 3.07 ms for 11 million scores
+LAYER = 61e-6  # seconds for each layer and each BatchNorm, at least: of ResNet-20, which is small and has many
+# Edge-popup's selection and masking, in the five networks that were measured: seconds, and transfers of each score.
+SELECTION, SCORE_TRANSFERS = 0.4e-3, 200.0
 FLOAT = 4  # bytes
 
 
@@ -50,17 +52,18 @@ def measure(parts: Parts) -> dict[str, Any]:
     """What one train step takes, from its compiled program, and what the training would take on `CHIPS`.
 
     Returns:
-      "parameters", "kept" (of the weights that masks are on), "flops" and "kept_flops" (of the forward pass of an
-      image, a multiplication and its addition are two), "step_flops" (forward and back, of all devices), "steps" (of
-      the training), "compile_seconds"; "memory" of a device, in bytes: "state", "images" and the rest of the arguments,
-      "temporary" and all of it, "peak"; "wire", bytes that a device sends in a step by ring algorithms, {kind: bytes};
-      and "chips": {name: {"steps_per_second", "days"}}. Of the chips, "fits" is whether the state and the activations
-      that the backward pass needs are less than the memory.
+      "parameters"; "kept", of the weights that masks are on; "flops" and "kept_flops" of the forward pass of an image,
+      where a multiplication and its addition are two; "step_flops", forward and back, of all devices; "steps" of the
+      training; "compile_seconds". "kept" and "kept_flops" are None of masks that are drawn.
+      "memory" of a device, in bytes: "state", "images" and the rest of the arguments, "temporary" and all of it,
+      "peak". "wire": bytes that a device sends in a step by ring algorithms, {kind: bytes}.
+      "chips": {name: {"steps_per_second", "days", "fits"}}. It fits if the state, the gradients, the masked weights and
+      the activations that the backward pass needs are less than the memory.
     """
     config, size = parts.config, parts.placement.size
     state, totals = parts.state(), parts.placement.replicate(stepper.zero_totals())
     masks, _ = parts.evaluator.masked(state.subnet)
-    kept = summary.sizes(parts.network, *parts.initial, masks)
+    kept = {} if parts.method.sampled else summary.sizes(parts.network, *parts.initial, masks)
     network = describe_module(parts.network.module, parts.network.image_shape)
     began = time.perf_counter()
     compiled = parts.stepper.lower(state, totals, parts.epochs.order(parts.key, 0)).compile()
@@ -71,26 +74,32 @@ def measure(parts: Parts) -> dict[str, Any]:
     }
     measured = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.initial[0])),
-        "kept": kept["density"],
+        "kept": kept.get("density"),
         "flops": network.flops,
-        "kept_flops": kept["flops"],
+        "kept_flops": kept.get("flops"),
         "step_flops": 3 * network.flops * config.optim.batch_size,
         "steps": parts.last_step,
         "compile_seconds": seconds,
         "memory": _memory(compiled, state),
         "wire": wire,
     }
-    chips = partial(_on_chip, parts, network, measured)
+    learns = jax.tree.leaves(getattr(state.subnet, parts.method.learns))
+    chips = partial(_on_chip, parts.config, network, measured, size, sum(map(_on_one_device, learns)))
     return measured | {"chips": {name: chips(chip) for name, chip in CHIPS.items()}}
 
 
 def _images(config: Run) -> Dataset:
+    why = ""
     try:
-        return processes.in_turn(partial(open_data, config.data))
+        dataset = processes.in_turn(partial(open_data, config.data))
+        if len(dataset.train):
+            return dataset
+        why = "there is nothing to train on"
     except DataError as error:
         if config.data.dataset != "imagenet":
             raise
         why = str(error).partition(":")[0]
+    if processes.is_first():
         display.say(f"{why}: the numbers of photographs and classes are ImageNet's")
         return blank_imagenet(config.data.image_size)
 
@@ -108,21 +117,30 @@ def _on_one_device(leaf: jax.Array) -> int:
     return leaf.addressable_shards[0].data.nbytes
 
 
-def _on_chip(parts: Parts, network: Network, measured: dict[str, Any], chip: Chip) -> dict[str, Any]:
-    """The steps a second that are expected on so many of a chip, the days of the training, and whether it fits."""
-    config, size = parts.config, parts.placement.size
-    images = config.optim.batch_size / size
-    narrow = config.model.bfloat16
+def _on_chip(
+    config: Run, network: Network, measured: dict[str, Any], devices: int, learns: int, chip: Chip
+) -> dict[str, Any]:
+    """The steps a second that are expected on so many of a chip, the days of the training, and whether it fits.
+
+    Args:
+      learns: bytes of the scores or weights on a device.
+    """
+    images, narrow = config.optim.batch_size / devices, config.model.bfloat16
     activations = network.activations * images * (FLOAT // 2 if narrow else FLOAT)
     flops = chip.bfloat16 if narrow else chip.flops
-    seconds = max(3 * network.flops * images / (flops * SHARE), activations * TRANSFERS / chip.bandwidth)
-    if parts.method.learns == "scores":
-        seconds += SELECTION * FLOAT * measured["parameters"] / chip.bandwidth
+    seconds = max(
+        3 * network.flops * images / (flops * SHARE),
+        activations * TRANSFERS / chip.bandwidth,
+        LAYER * (len(network.scores) + network.norms),
+    )
+    if config.masks.method == "edge-popup":
+        seconds += SELECTION + learns * SCORE_TRANSFERS / chip.bandwidth
     seconds += sum(measured["wire"].values()) / (chip.link * Assumed().link)
+    held = measured["memory"]["state"] + 2 * learns + activations  # and masked weights, and gradients
     return {
         "steps_per_second": 1 / seconds,
         "days": measured["steps"] * seconds / 86400,
-        "fits": measured["memory"]["state"] + activations < chip.memory,
+        "fits": held < chip.memory,
     }
 
 
@@ -139,9 +157,9 @@ def _print(measured: dict[str, Any], config: Run, devices: int) -> None:
     )
     rows = (
         ("parameters", f"{measured['parameters']:,}"),
-        ("of the weights under masks, kept", f"{measured['kept']:.1%}"),
+        *([("of the weights under masks, kept", f"{measured['kept']:.1%}")] if measured["kept"] is not None else []),
         ("FLOPs of an image, forward", _scaled(measured["flops"])),
-        ("  of them with kept weights", _scaled(measured["kept_flops"])),
+        *([("  of them with kept weights", _scaled(measured["kept_flops"]))] if measured["kept_flops"] else []),
         ("FLOPs of a step, forward and back", _scaled(measured["step_flops"])),
         ("a device holds: weights, scores, optimizer", _scaled(memory["state"], "B")),
         ("  images and labels", _scaled(memory["images"], "B")),
@@ -165,7 +183,7 @@ def _print(measured: dict[str, Any], config: Run, devices: int) -> None:
     console.print(table)
     display.say(
         "Expected speeds are guesses, from one step that was measured on an H100 and from the vendors' peaks; reading "
-        "images and evaluation are not in them. docs/running.md says how they are made."
+        "images and evaluation are not in them. docs/scaling.md says how they are made."
     )
 
 
@@ -178,4 +196,6 @@ def _scaled(count: float, unit: str = "") -> str:
 def _time(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
-    return f"{24 * days:,.1f} hours" if days >= 1 / 24 else f"{1440 * days:,.0f} minutes"
+    if days >= 1 / 24:
+        return f"{24 * days:,.1f} hours"
+    return f"{1440 * days:,.0f} minutes" if 1440 * days >= 1.5 else "a minute at most"

@@ -35,6 +35,8 @@ class Imported:
     """The side of the images that it is meant for, in pixels."""
     output: Path = Path("subnetwork.safetensors")
     """The file to write."""
+    overwrite: bool = False
+    """Replace the file to write, if it is there."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range, or without a file."""
@@ -46,5 +48,11 @@ class Imported:
             ("classes", 2 <= self.classes <= 2**20, "in [2, 1,048,576]"),
             ("image_size", 8 <= self.image_size <= 2048, "in [8, 2,048] pixels"),
         )
+        if self.output.is_dir():
+            raise UserError(f"{self.output} is a directory; name a file with --output.")
+        if self.output.exists() and (not self.overwrite or self.output.samefile(self.file)):
+            raise UserError(f"{self.output} is there already; name another file with --output, or say --overwrite.")
+        if self.scope == "global" and self.density is None:
+            raise UserError("--scope says how weights are ranked, and none are pruned: give a --density.")
         if self.hidden_network and self.scope == "global":
             raise UserError("--hidden-network has masks for each layer: leave out --scope.")

@@ -120,9 +120,14 @@ _IMAGENET_RIGL = {
 }
 _IMAGENET_SPARSE = {**_IMAGENET_RIGL, "density": 0.2, "distribution": "erk"}
 
+_IMAGENET_WEIGHTS = {**_IMAGENET_PAPER, "init": "kaiming-normal", "affine": True}
+
 IMAGENET: Recipes = {
-    ("paper", "edge-popup"): {**_IMAGENET_PAPER, "density": 0.3},
-    ("paper", "dense"): {**_IMAGENET_PAPER, "init": "kaiming-normal", "affine": True},
+    # Published for edge-popup and dense training; the others have the settings of the one that learns what they learn.
+    **{
+        ("paper", method): {**settings, "density": 0.3} if not METHODS[method].free_density else settings
+        for (_, method), settings in _best(_IMAGENET_WEIGHTS, _IMAGENET_PAPER).items()
+    },
     ("random-pruning", "random"): {
         **_IMAGENET_PRUNED,
         "epochs": 100,

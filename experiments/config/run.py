@@ -79,6 +79,8 @@ class Run:
             raise UserError(
                 "--workers read images that stay on disk (--dataset imagenet, or folder with --stream): leave them out."
             )
+        if self.evaluate and (self.weights or self.evaluation.assess or self.model.bfloat16):
+            raise UserError("--evaluate takes the network of the file: leave out --weights, --bfloat16 and --assess.")
         if self.weights and (self.init.scale_weights or self.init.scale_layers):
             raise UserError("--weights are taken as they are: leave out --scale-weights and --scale-layers.")
         if self.init.scale_weights and METHODS[method].free_density:
@@ -95,4 +97,6 @@ def named(config: Run, dataset: str) -> Run:
     for all that its method and its model do not read."""
     config = changed(without_unread(config), dataset=dataset)
     config = changed(config, flip=config.augment.flip and not config.augment.flip_alternately)  # which takes its place
+    if config.weights:  # nothing is drawn
+        config = changed(config, init=Init.init)
     return changed(config, density=1.0) if METHODS[config.masks.method].free_density else config

@@ -69,14 +69,19 @@ def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Source]:
     return rest, dataset.train.take(np.flatnonzero(chosen))
 
 
-def class_sample(source: Source, classes: int, key: "jax.Array", per_class: int) -> dict[str, np.ndarray]:
+def class_sample(
+    source: Source, classes: int, key: "jax.Array", per_class: int, most: int | None = None
+) -> dict[str, np.ndarray]:
     """A batch {"image", "label", "weight"} of `per_class` random examples of each class, in the order of the classes.
 
-    A class that has fewer examples gives all it has. The weights are 1.
+    A class that has fewer examples gives all it has. The weights are 1. Of more than `most` examples, as many at even
+    distances are taken.
     """
     import jax
 
     order = np.asarray(jax.random.permutation(key, len(source)))
     labels = source.labels[order]
     chosen = np.concatenate([order[labels == c][:per_class] for c in range(classes)])
+    if most and len(chosen) > most:
+        chosen = chosen[np.arange(most) * len(chosen) // most]
     return {**source.read(chosen), "weight": np.ones(len(chosen), np.float32)}

@@ -1,5 +1,6 @@
 """ImageNet, or any photographs of many sizes: found in class folders, or as tensorflow-datasets prepared them."""
 
+import dataclasses
 import os
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training phot
 SUFFIXES = (".jpeg", ".jpg", ".png")
 TRUTH, CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # of the development kit
 KIT = ("ILSVRC2012_devkit_t12/data", "data", "")  # where these two are looked for
-TRAIN_IMAGES = 1_281_167  # of ImageNet; other photographs do not pass for it
+TRAIN_IMAGES, TEST_IMAGES = 1_281_167, 50_000  # of ImageNet; other photographs do not pass for it
 PREPARED = "imagenet2012"  # the set's name in tensorflow-datasets
 UNPACK = {
     "ILSVRC2012_img_train.tar": "mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train && cd train && for t in "
@@ -34,8 +35,9 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
     are val/CLASS/NAME.JPEG; or val/NAME.JPEG, and beside val the development kit, unpacked, whose files `TRUTH` and
     `CLASSES` tell the class of each. A file may be JPEG or PNG, whatever its name says, and of any colours.
 
-    If there is no directory train, the photographs are those of `root`/imagenet2012/VERSION, as tensorflow-datasets
-    prepares them in ArrayRecord files; its split "validation" is for evaluation.
+    Without train, val alone is enough for an evaluation. If neither is there, the photographs are those of
+    `root`/imagenet2012/VERSION, as tensorflow-datasets prepares them in ArrayRecord files; those for evaluation are in
+    its split "validation".
 
     Args:
       root: the directory of the data.
@@ -54,11 +56,15 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
     if not (base / "train").is_dir() and (prepared := records.found(root / PREPARED)):
         return _of_records(prepared, image_size, crop, skip_corrupt)
     for split in ("train", "val"):
-        if not (base / split).is_dir():
+        if not (base / split).is_dir() and (split == "val" or not (base / "val").is_dir()):
             raise DataError(_missing(base, split))
-    names_of_train, labels, names = listed(base / "train")
-    files = Files(base / "train", names_of_train, labels)
     names_of_test, labels, of_test = listed(base / "val") if _has_folders(base / "val") else _flat(base)
+    if not (base / "train").is_dir():  # enough for an evaluation
+        test = Photographs(Files(base / "val", names_of_test, labels), image_size)
+        dataset = _dataset(test.take(np.arange(0)), test, tuple(of_test), digest(of_test, test.stored), "")
+        return dataclasses.replace(dataset, source=_missing(base))
+    names_of_train, labels_of_train, names = listed(base / "train")
+    files = Files(base / "train", names_of_train, labels_of_train)
     if unknown := sorted(set(of_test) - set(names)):
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise DataError(f"{base / 'val'} has classes that {base / 'train'} lacks: {shown}. Both need the same classes")
@@ -83,7 +89,8 @@ def _of_records(prepared: records.Prepared, image_size: int, crop: float, skip_c
 
 def _dataset(train: Photographs, test: Photographs, class_names: tuple[str, ...], crc: str, source: str) -> Dataset:
     classes, shape = len(class_names), (train.size, train.size, 3)
-    name = "imagenet" if (len(train), classes) == (TRAIN_IMAGES, 1000) else f"photographs-{crc}"
+    whole = len(train) == TRAIN_IMAGES or (len(train), len(test)) == (0, TEST_IMAGES)
+    name = "imagenet" if whole and classes == 1000 else f"photographs-{crc}"
     source += f": {len(train):,} to train on, {len(test):,} to evaluate on"
     return Dataset(name, train, test, classes, shape, MEAN, STD, crc, source, class_names=class_names)
 

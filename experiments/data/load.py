@@ -73,7 +73,7 @@ def load_shifted(names: Iterable[str], data_dir: str | os.PathLike | None, train
 def _shifted(dataset: Dataset, trained_on: Dataset) -> Shifted:
     """The test images of a set, with the labels that its classes have in the set that a network is trained on.
 
-    Classes are matched by name. Where all names are numbers, they are places among the sorted names of `trained_on`,
+    Classes are matched by name. Where most names are numbers, they are places among the sorted names of `trained_on`,
     and all of its classes must be there: a part of the numbers would fit any set.
 
     Raises:
@@ -86,7 +86,8 @@ def _shifted(dataset: Dataset, trained_on: Dataset) -> Shifted:
             f"--shifted {dataset.name} needs a network that is trained on photographs in the same classes, and "
             f"{trained_on.name} has no names of classes: leave --shifted out, or train on --dataset imagenet."
         )
-    by_number = all(name.isdecimal() for name in dataset.class_names) and not set(dataset.class_names) <= set(known)
+    numbers = sum(name.isdecimal() for name in dataset.class_names)
+    by_number = 2 * numbers > len(dataset.class_names) and not set(dataset.class_names) <= set(known)
     names = sorted(known)
     label = {(str(place) if by_number else name): known.index(name) for place, name in enumerate(names)}
     if unknown := [name for name in dataset.class_names if name not in label]:

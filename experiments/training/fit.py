@@ -23,12 +23,13 @@ from experiments.run.interrupt import Interrupted, stopping
 from experiments.run.names import Settings, default_path
 from experiments.run.placement import Placement
 from experiments.run.workdir import Workdir
-from experiments.training import stepper, stored, summary
+from experiments.training import pretrained, stepper, stored, summary
 from experiments.training.evaluation import Split, noise_like
 from experiments.training.events import saving, stop_if_not_finite
 from experiments.training.images import NO_OTHERS, Others, open_data, open_others, require_same_images, splits
 from experiments.training.loop import Batch, Event, every, train
 from experiments.training.parts import Parts
+from supermask_jax import parallel
 from supermask_jax.trees import Tree, by_path, leaf_key
 
 REPORT_EVERY = 10  # steps; bounds how many are dispatched ahead, and how late a signal is noticed
@@ -98,7 +99,10 @@ def fit(config: Run, dataset: Dataset, experiment: str, others: Others = NO_OTHE
     require_same_images(dataset, others)
     if dataset.warning and shows:
         display.show_warning(dataset.warning)
-    settings = Settings(flat(config), neutral(type(config)))
+    values = flat(config)
+    if config.weights:  # a file is what is in it, wherever it lies
+        values["weights"] = pretrained.digest(config.weights)
+    settings = Settings(values, neutral(type(config)))
     output = config.output.workdir
     path = Path(output).expanduser() if output else default_path(settings, experiment)
     parts = Parts(config, *splits(config.data, dataset), placement)
@@ -208,6 +212,8 @@ class _Job:
             return progress
 
         def update(step: int, progress: Progress, batch: Batch) -> Progress:
+            if parts.placement.size > 1 and jax.process_count() == 1:  # a gradient is computed where its batch is
+                batch = parallel.shard_batch(parts.placement.mesh, batch)
             state = parts.method.update(step, parts.placement.whole(progress.state), batch)
             return progress._replace(state=parts.placement.place(state))
 

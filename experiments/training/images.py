@@ -11,7 +11,7 @@ from experiments.data.batches import hold_out
 from experiments.data.load import load, load_ood, load_shifted
 from experiments.data.source import Dataset, Shifted
 from experiments.run import processes
-from experiments.run.errors import UserError
+from experiments.run.errors import DataError, UserError
 from experiments.training.evaluation import Split
 
 
@@ -47,6 +47,8 @@ def splits(data: Data, dataset: Dataset) -> tuple[Dataset, Split]:
     Raises:
       UserError: more training images are asked for than there are.
     """
+    if not len(dataset.train):
+        raise DataError(dataset.source)  # which says what is missing
     rest, held_out = hold_out(dataset, data.validation)
     split = Split("validation", held_out) if data.validation else Split("test", dataset.test)
     if data.train_images > len(rest.train):

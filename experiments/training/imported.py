@@ -1,6 +1,7 @@
 """A network that was trained in PyTorch, pruned and written as a subnetwork."""
 
 import shlex
+import tempfile
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from experiments.run import display
 from experiments.run.errors import UserError
 from experiments.training import stored, summary
 from experiments.training.network import network
+from experiments.training.pretrained import require_finite
 from supermask_jax import artifact
 from supermask_jax.trees import Tree
 
@@ -23,20 +25,27 @@ def convert(config: Imported) -> int:
     Raises:
       UserError: the file cannot be read, or is of another network.
     """
-    if config.output.is_dir():
-        raise UserError(f"{config.output} is a directory; name a file with --output.")
+    try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {config.output} ({error.strerror or error}): name another file.") from error
     model = Model(config.model, affine=config.affine, biases=config.biases)
     dataset = blank_imagenet(config.image_size, config.classes)
     net = network(model, Init(), dataset.classes, dataset.image_shape)
     try:
         weights, masks, state = _read(config, net.module)
-    except (ValueError, TypeError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {config.file} ({error.strerror or error}).") from error
+    except (ValueError, TypeError) as error:
+        says = str(error).replace("read it with load_hidden_network", "say --hidden-network")
+        says = says.replace("read its weights with load_pretrained", "leave out --hidden-network")
         raise UserError(
-            f"{error}. Say what network it is with --model, --classes, --no-affine and --no-biases, and that it is of "
-            "Ramanujan et al. 2020 with --hidden-network."
+            f"{says}. If it is another network, say so with --model, --classes, --no-affine and --no-biases. What "
+            "these experiments wrote needs no import (--evaluate)."
         ) from error
     about: dict[str, Any] = stored.describe(model, dataset) | {"imported": config.file.name, "density": config.density}
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     size = sm.save_subnetwork(
         config.output, sm.Subnet(weights, masks), artifact.Stored(), model_state=state, about=about
     )
@@ -58,7 +67,7 @@ def _read(config: Imported, module: Any) -> tuple[Tree, Tree, Tree]:
     if config.hidden_network:
         found = sm.load_hidden_network(path, module, config.density)
         return found.weights, found.masks, found.model_state
-    weights, state = sm.load_pretrained(path, module)
+    weights, state = require_finite(sm.load_pretrained(path, module))
     if config.density is None:
         return weights, jax.tree.map(lambda leaf: None, weights), state
     scores = sm.saliency.magnitude(weights)

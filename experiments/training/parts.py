@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import jax
 
@@ -12,9 +11,9 @@ from experiments.config.registry import METHODS
 from experiments.config.run import Run
 from experiments.data.batches import class_sample
 from experiments.data.source import Dataset
-from experiments.run.errors import DataError, UserError
+from experiments.run.errors import DataError
 from experiments.run.placement import Placement
-from experiments.training import stepper
+from experiments.training import pretrained, stepper
 from experiments.training.evaluation import Evaluator, Split, make_flow
 from experiments.training.loop import Batch
 from experiments.training.loss import make_loss
@@ -28,17 +27,8 @@ from supermask_jax.trees import Tree, leaf_key
 
 SAMPLES, SAMPLES_PER_EPOCH = 10, 3  # masks drawn to evaluate a method that draws them: at the end, after each epoch
 FLOW_IMAGES = 50  # of each class, that the gradient flow is measured on
-
-
-def pretrained(file: str, net: Network) -> tuple[Tree, Tree]:
-    """(weights, model_state) of a file for the network; UserError if it cannot be read, or is of another network."""
-    try:
-        return sm.load_pretrained(Path(file).expanduser(), net.module)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"--weights: {error}. Weights are those of a ResNet for ImageNet (--model resnet18 to wide-resnet50, most "
-            "with --affine --biases) and as many classes as the images have."
-        ) from error
+# Of a sample, which is one batch: 50 images of each class of CIFAR-100, or 102 photographs of 224 x 224.
+SAMPLED_PIXELS = 5000 * 32 * 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +69,7 @@ class Parts:
     def initial(self) -> tuple[Tree, Tree]:
         """(weights, model_state) before training: drawn, or from the file that the settings name."""
         if self.config.weights:
-            return pretrained(self.config.weights, self.network)
+            return pretrained.load(self.config.weights, self.network)
         return self.network.init(leaf_key(self.key, "weights"))
 
     @cached_property
@@ -110,8 +100,14 @@ class Parts:
         return make_loss(net or self.network, self.dataset.mean, self.dataset.std, **options)
 
     def sample(self, per_class: int) -> Batch:
-        """So many training images of each class, in the order of the classes."""
-        return class_sample(self.dataset.train, self.dataset.classes, leaf_key(self.key, "sample"), per_class)
+        """So many training images of each class, in the order of the classes; no more than one batch can hold.
+
+        Where one of each class is too much already, the images are of classes at even distances.
+        """
+        height, width, _ = self.dataset.image_shape
+        classes, most = self.dataset.classes, max(SAMPLED_PIXELS // (height * width) // 2 * 2, 2)
+        per_class = min(per_class, max(most // classes, 1))
+        return class_sample(self.dataset.train, classes, leaf_key(self.key, "sample"), per_class, most)
 
     @cached_property
     def method(self) -> Method:

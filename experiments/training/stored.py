@@ -46,6 +46,7 @@ def save(parts: Parts, folder: Path, subnet: sm.Subnet, model_state: Tree, figur
         "epochs": config.epochs,
         "seed": config.seed,
         **{name: figures[name] for name in ("test_accuracy", "test_loss")},
+        **({"weights": Path(config.weights).name} if config.weights else {}),
     }
     found = method._replace(subnet=jax.tree.map(np.asarray, subnet))
     state = jax.tree.map(np.asarray, model_state)

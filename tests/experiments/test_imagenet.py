@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,13 +19,15 @@ import pytest
 import scipy.io
 import signals
 
-from experiments import benchmark
+from experiments import benchmark, import_weights
 from experiments import imagenet as command
 from experiments.bench import reading
 from experiments.config.flags import parser
+from experiments.config.registry import METHODS
 from experiments.config.settings import changed
 from experiments.data import photographs
-from experiments.data.batches import hold_out
+from experiments.data.batches import class_sample, hold_out
+from experiments.data.blank import blank_imagenet
 from experiments.data.imagenet import CLASSES, TRUTH
 from experiments.data.load import load
 from experiments.data.photographs import CENTRE, RATIO, cropped
@@ -32,8 +35,10 @@ from experiments.data.source import Arrays
 from experiments.data.stream import batches_ahead
 from experiments.run.errors import DataError, UserError
 from experiments.run.interrupt import Interrupted
-from experiments.training import stepper
+from experiments.run.placement import Placement
+from experiments.training import parts, stepper
 from experiments.training.fit import run
+from experiments.training.images import splits
 from experiments.training.stepper import Epochs, _read, epochs_of
 
 ROOT = Path(__file__).parents[2]
@@ -357,7 +362,6 @@ def test_a_flat_val_has_the_classes_of_the_development_kit(copied):
     (
         (lambda base: shutil.rmtree(base / "val" / WNIDS[0]), None),  # fewer classes are fine
         (lambda base: shutil.rmtree(base / "train" / WNIDS[0]), f"has classes that .*train lacks: {WNIDS[0]}"),
-        (lambda base: shutil.rmtree(base / "train"), "no photographs in .*train: put them in .*never downloaded"),
         (lambda base: shutil.rmtree(base / "val"), "no photographs in .*val"),
         (lambda base: [f.unlink() for f in (base / "train" / WNIDS[1]).iterdir()], f"{WNIDS[1]} is empty: put its"),
         (lambda base: flat(base, [3, 3, 1, 1, 2]), "has 6 photographs, and .* tells the classes of 5"),
@@ -365,10 +369,6 @@ def test_a_flat_val_has_the_classes_of_the_development_kit(copied):
         (lambda base: shutil.rmtree(flat(base, [])), "no class folders, and .* are not in .*devkit.*tar -xzf"),
         (lambda base: (base / "val" / "a.JPEG").touch(), "a.JPEG lies beside class folders"),
         (lambda base: (base / "train" / "n01.tar").touch(), r"not unpacked \(n01.tar, ...\): cd .* for t in \*.tar"),
-        (
-            lambda base: (shutil.rmtree(base / "train"), (base / "ILSVRC2012_img_train.tar").touch()),
-            r"img_train.tar is not unpacked: cd .*mkdir -p train && tar -xf",
-        ),
     ),
 )
 def test_what_is_missing_or_does_not_fit_is_named_with_what_to_do(copied, damage, says):
@@ -378,3 +378,59 @@ def test_what_is_missing_or_does_not_fit_is_named_with_what_to_do(copied, damage
         return
     with pytest.raises(DataError, match=says):
         load("imagenet", copied, image_size=16)
+
+
+def test_val_alone_is_evaluated_and_what_training_lacks_is_told(copied):
+    both = load("imagenet", copied, image_size=16)
+    shutil.rmtree(copied / "train")
+    alone = load("imagenet", copied, image_size=16)
+    assert (len(alone.train), alone.classes, alone.class_names) == (0, both.classes, both.class_names)
+    np.testing.assert_array_equal(alone.test.labels, both.test.labels)
+    everything = np.arange(len(both.test))
+    np.testing.assert_array_equal(alone.test.read(everything)["image"], both.test.read(everything)["image"])
+    with pytest.raises(DataError, match=r"no photographs in .*train: put them in .*never downloaded"):
+        splits(command.Config().data, alone)
+    (copied / "ILSVRC2012_img_train.tar").touch()
+    with pytest.raises(DataError, match=r"img_train.tar is not unpacked: cd .*mkdir -p train && tar -xf"):
+        splits(command.Config().data, load("imagenet", copied, image_size=16))
+
+
+def test_every_method_has_a_recipe_and_the_commands_of_the_pages_are_understood():
+    for method, entry in METHODS.items():
+        config = parser(command.Config, command.defaults)("prog", ["--method", method])
+        assert (config.epochs, config.optim.batch_size, config.masks.method) == (100, 256, method)
+        assert config.model.affine is (entry.learns == "weights")
+    understood = 0
+    for page in ("running.md", "files.md", "scaling.md"):
+        text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
+        for name, config, defaults in (
+            ("imagenet", command.Config, command.defaults),
+            ("import_weights", import_weights.Config, None),
+        ):
+            for line in re.findall(rf"^python -m experiments\.{name} (.+)$", text, re.MULTILINE):
+                parse = parser(config, defaults) if defaults else parser(config)
+                parse("prog", shlex.split(line, comments=True))
+                understood += 1
+    assert understood > 6
+
+
+def test_a_sample_of_photographs_is_no_larger_than_a_batch_can_be(monkeypatch):
+    seen = {}
+
+    def class_sample(source, classes, key, per_class, most):
+        seen.update(per_class=per_class, most=most)
+
+    monkeypatch.setattr(parts, "class_sample", class_sample)
+    for classes, side, expected in ((10, 28, 50), (100, 32, 50), (1000, 32, 5), (1000, 224, 1)):
+        data = blank_imagenet(side, classes)
+        parts.Parts(command.Config(), data, None, Placement()).sample(50)
+        assert seen["per_class"] == expected and seen["most"] % 2 == 0
+    assert seen["most"] == 102
+
+
+def test_a_sample_with_a_limit_has_classes_at_even_distances():
+    source = Arrays(np.zeros((40, 2, 2, 1), np.uint8), np.arange(40) % 20)
+    key = jax.random.key(0)
+    assert class_sample(source, 20, key, 1, 5)["label"].tolist() == [0, 4, 8, 12, 16]
+    assert class_sample(source, 20, key, 2, 40)["label"].tolist() == sorted([*range(20)] * 2)
+    assert class_sample(source, 20, key, 1)["label"].tolist() == [*range(20)]

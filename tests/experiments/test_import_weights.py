@@ -1,5 +1,7 @@
 """Networks of PyTorch become subnetworks that the commands evaluate, and weights that runs begin with."""
 
+from pathlib import Path
+
 import checkpoints
 import jax
 import numpy as np
@@ -8,16 +10,19 @@ from PIL import Image
 
 import supermask_jax as sm
 from experiments import imagenet, import_weights
+from experiments.config.run import named
 from experiments.config.settings import changed
 from experiments.data.blank import blank_imagenet
 from experiments.run.errors import UserError
 from experiments.run.placement import Placement
+from experiments.training import pretrained
 from experiments.training.evaluation import Split
 from experiments.training.parts import Parts
 from supermask_jax.models import ResNet18
 from supermask_jax.trees import by_path
 
 SHAPE = {"blocks": (2, 2, 2, 2), "width": 64, "classes": 3}
+ROOT = Path(__file__).parents[2]
 IMAGES = np.random.default_rng(9).normal(size=(2, 3, 32, 32)).astype(np.float32)
 
 
@@ -32,7 +37,7 @@ def file(arrays, tmp_path_factory):
 
 
 def settings(source, tmp_path, **more):
-    own = {"file": source, "model": "resnet18", "classes": 3, "image_size": 32, "output": tmp_path / "net" / "s"}
+    own = {"file": source, "model": "resnet18", "classes": 3, "image_size": 32, "output": tmp_path / "a net" / "s"}
     return import_weights.Config(**own | more)
 
 
@@ -44,7 +49,7 @@ def test_a_file_becomes_a_subnetwork_with_the_same_logits(file, arrays, tmp_path
     expected = checkpoints.logits(arrays, IMAGES)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert not jax.tree.leaves(masks) and about["imported"] == "resnet 18.pth" and about["image_shape"] == [32, 32, 3]
-    assert f"--evaluate '{config.output}'" in capsys.readouterr().out or " " not in str(config.output)
+    assert f"--evaluate '{config.output}'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -76,7 +81,7 @@ def test_a_hidden_network_keeps_its_masks(tmp_path):
     assert len(by_path(expected.masks)) == len(kernels)
     for path, mask in by_path(expected.masks).items():
         np.testing.assert_array_equal(found[path], mask)
-    with pytest.raises(UserError, match=r"holds scores.*--hidden-network"):
+    with pytest.raises(UserError, match="holds scores beside its weights: say --hidden-network"):
         import_weights.main(changed(config, hidden_network=False))
 
 
@@ -86,12 +91,20 @@ def test_what_cannot_be_read_is_one_error_and_leaves_no_file(file, tmp_path):
         ({"model": "resnet50"}, "looks like models.ResNet18"),
         ({"affine": False}, "--no-affine"),
         ({"file": tmp_path / "none.pth"}, "No such file"),
-        ({"hidden_network": True}, "holds no scores"),
-        ({"output": tmp_path}, "is a directory"),
+        ({"hidden_network": True}, "holds no scores: leave out --hidden-network"),
+        ({"output": file / "s"}, "cannot write"),
     ):
         with pytest.raises(UserError, match=match):
             import_weights.main(settings(file, tmp_path, **more))
     assert not list(tmp_path.rglob("s"))
+
+
+def test_numbers_that_are_not_finite_are_refused_pruned_or_not(arrays, tmp_path):
+    broken = {**arrays, "fc.bias": np.full_like(arrays["fc.bias"], np.nan)}
+    written = checkpoints.write(tmp_path / "broken.pth", broken)
+    for more in ({}, {"density": 0.3}):
+        with pytest.raises(UserError, match=r"not finite, in .*dense/bias"):
+            import_weights.main(settings(written, tmp_path, **more))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,11 @@ def test_what_cannot_be_read_is_one_error_and_leaves_no_file(file, tmp_path):
         ({"density": 0.0}, "density"),
         ({"classes": 1}, "classes"),
         ({"image_size": 4}, "image-size"),
-        ({"hidden_network": True, "scope": "global"}, "leave out --scope"),
+        ({"hidden_network": True, "scope": "global", "density": 0.5}, "leave out --scope"),
+        ({"scope": "global"}, "give a --density"),
+        ({"output": ROOT}, "is a directory"),
+        ({"file": ROOT / "README.md", "output": ROOT / "README.md"}, "is there already"),
+        ({"file": ROOT / "README.md", "output": ROOT / "README.md", "overwrite": True}, "is there already"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, more, match):
@@ -138,8 +155,19 @@ def test_weights_that_do_not_fit_are_told_before_there_is_a_work_directory(file,
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"--weights: .*--affine --biases"):
         imagenet.main(changed(imagenet.Config(), weights=str(file), workdir=str(workdir), **options))
-    with pytest.raises(UserError, match=r"--weights: .*No such file"):
+    with pytest.raises(UserError, match=r"--weights: cannot read none.pth \(No such file"):
         imagenet.main(changed(imagenet.Config(), weights="none.pth", workdir=str(workdir), **options))
     assert not workdir.exists()
     with pytest.raises(UserError, match="taken as they are"):
         changed(imagenet.Config(), weights=str(file), scale_weights=True).check()
+    with pytest.raises(UserError, match="takes the network of the file"):
+        changed(imagenet.Config(), weights=str(file), evaluate="other").check()
+
+
+def test_the_content_of_a_file_is_a_setting_and_its_name_is_none(file, tmp_path):
+    copy, other = tmp_path / "copy.pth", tmp_path / "other.pth"
+    copy.write_bytes(file.read_bytes())
+    other.write_bytes(file.read_bytes()[:-1])
+    assert pretrained.digest(str(copy)) == pretrained.digest(str(file)) != pretrained.digest(str(other))
+    config = changed(imagenet.Config(), weights=str(file), init="kaiming-uniform")
+    assert named(config, "imagenet").init == imagenet.Config().init, "nothing is drawn"

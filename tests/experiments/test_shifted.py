@@ -1,6 +1,7 @@
 """Other photographs in the classes of the training set, and in none: found, matched by class, counted once each."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_numbered_folders_are_places_among_the_sorted_names(root):
     names = (*WNIDS[6:], *WNIDS[:6])  # a training set that numbers its classes in another order
     [moved] = load_shifted(["imagenet-v2"], root, trained_on(names))
     np.testing.assert_array_equal(moved.classes, (got.classes + 6) % 12)
+
+
+def test_a_folder_among_numbered_ones_that_has_no_number_is_the_one_that_is_named(root, tmp_path):
+    folder = tmp_path / V2
+    shutil.copytree(root / V2, folder)
+    shutil.copytree(folder / "0", folder / "notes")
+    with pytest.raises(DataError, match="has the class folder notes, which is no class of"):
+        load_shifted(["imagenet-v2"], tmp_path, trained_on())
 
 
 def test_named_folders_are_classes_of_that_name_and_the_others_are_left_out(root):
