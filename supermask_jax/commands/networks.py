@@ -24,11 +24,11 @@ TABLE: dict[str, tuple[Callable[..., zoo.Architecture], dict[str, type]]] = {
     "wide_resnet": (zoo.wide_resnet, {"depth": int, "widen": float, "affine": bool}),
     "small_resnet_18": (zoo.small_resnet_18, {"widen": float, "affine": bool}),
     "cifar_resnet": (zoo.cifar_resnet, {"depth": int, "widen": float, "affine": bool}),
-    "resnet_18": (zoo.resnet_18, {"affine": bool, "bias": bool}),
-    "resnet_34": (zoo.resnet_34, {"affine": bool, "bias": bool}),
-    "resnet_50": (zoo.resnet_50, {"affine": bool, "bias": bool}),
-    "resnet_101": (zoo.resnet_101, {"affine": bool, "bias": bool}),
-    "wide_resnet_50": (zoo.wide_resnet_50, {"affine": bool, "bias": bool}),
+    "resnet_18": (zoo.resnet_18, {"affine": bool, "biases": bool}),
+    "resnet_34": (zoo.resnet_34, {"affine": bool, "biases": bool}),
+    "resnet_50": (zoo.resnet_50, {"affine": bool, "biases": bool}),
+    "resnet_101": (zoo.resnet_101, {"affine": bool, "biases": bool}),
+    "wide_resnet_50": (zoo.wide_resnet_50, {"affine": bool, "biases": bool}),
 }
 WIDEST = 64  # factor on the widths of a network
 LARGEST = 2**16  # height, width and channels of an image, and widths of layers
