@@ -89,7 +89,6 @@ def measure(parts: Parts) -> dict[str, Any]:
 
 
 def _images(config: Run) -> Dataset:
-    why = ""
     try:
         dataset = processes.in_turn(partial(open_data, config.data))
         if len(dataset.train):
@@ -101,7 +100,7 @@ def _images(config: Run) -> Dataset:
         why = str(error).partition(":")[0]
     if processes.is_first():
         display.say(f"{why}: the numbers of photographs and classes are ImageNet's")
-        return blank_imagenet(config.data.image_size)
+    return blank_imagenet(config.data.image_size)
 
 
 def _memory(compiled: jax.stages.Compiled, state: Any) -> dict[str, int]:
@@ -182,7 +181,7 @@ def _print(measured: dict[str, Any], config: Run, devices: int) -> None:
         table.add_row(name, *(speed if chip["fits"] else ("", "", "does not fit")))
     console.print(table)
     display.say(
-        "Expected speeds are guesses, from one step that was measured on an H100 and from the vendors' peaks; reading "
+        "Expected speeds are guesses, from steps that were measured on an H100 and from the vendors' peaks; reading "
         "images and evaluation are not in them. docs/scaling.md says how they are made."
     )
 

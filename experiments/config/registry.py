@@ -63,19 +63,17 @@ DATASETS: Mapping[str, Entry] = {
 
 
 @dataclass(frozen=True)
-class TestSetEntry(Entry):
+class EvaluatedEntry(Entry):
     """Images that networks are evaluated on and never trained on."""
-
-    __test__ = False  # for pytest, which takes the name for that of a test
 
     known: bool = True  # whether they are in classes of the training set: --shifted takes it, and otherwise --ood
 
 
 _TEST_SETS = "experiments.data.shifted"
-TEST_SETS: Mapping[str, TestSetEntry] = {
-    "imagenet-v2": TestSetEntry(f"{_TEST_SETS}:imagenet_v2", reads=("image_size",)),
-    "imagenet-a": TestSetEntry(f"{_TEST_SETS}:imagenet_a", reads=("image_size",)),
-    "imagenet-o": TestSetEntry(f"{_TEST_SETS}:imagenet_o", reads=("image_size",), known=False),
+TEST_SETS: Mapping[str, EvaluatedEntry] = {
+    "imagenet-v2": EvaluatedEntry(f"{_TEST_SETS}:imagenet_v2", reads=("image_size",)),
+    "imagenet-a": EvaluatedEntry(f"{_TEST_SETS}:imagenet_a", reads=("image_size",)),
+    "imagenet-o": EvaluatedEntry(f"{_TEST_SETS}:imagenet_o", reads=("image_size",), known=False),
 }
 
 _ZOO = "supermask_jax.models.zoo"
