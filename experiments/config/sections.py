@@ -283,6 +283,8 @@ class Machine:
     ADDRESS:PORT of the first one."""
     workers: int = 0
     """Processes that read images from disk, for each process that trains. 0: threads of that process."""
+    compilation_cache: str | None = None
+    """Keep compiled programs in this directory: a run that needs the same ones compiles nothing."""
     num_processes: int | None = None
     """With --coordinator ADDRESS:PORT, how many processes there are."""
     process_id: int | None = None

@@ -15,7 +15,7 @@ NO_SETTINGS = {"data"}  # what is stored beside them
 
 CHANGE_NO_RESULT = {"data_dir", "workdir", "checkpoint_every", "preset"}  # a preset is only a name for its settings
 CHANGE_NO_RESULT |= {"evaluate", "dry_run"}  # with it, nothing is trained
-CHANGE_NO_RESULT |= {"restart", "workers"}
+CHANGE_NO_RESULT |= {"restart", "workers", "compilation_cache"}
 # Except for the order of sums and, under pmap, the draws of each device: a run may resume with others.
 CHANGE_NO_RESULT |= {"devices", "parallel", "shard_scores", "coordinator", "num_processes", "process_id"}
 

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +16,22 @@ import numpy as np
 from experiments.run.errors import UserError
 from supermask_jax import parallel
 
-OWN_SETTINGS = ("process_id", "workdir", "data_dir")
+OWN_SETTINGS = ("process_id", "workdir", "data_dir", "compilation_cache")
 THREADS = 32  # of eight simulated devices: with one for each core, they can wait for each other forever
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps every program that this process compiles, and takes those that are there; UserError if it may not write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"--compilation-cache: cannot write in {folder} ({why}); name another directory.") from error
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def join(devices: int, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -68,6 +68,8 @@ def run(config: Run, experiment: str) -> dict:
 def join(config: Run) -> None:
     """Joins the processes that train together, all of which must have the same settings."""
     machine = config.machine
+    if machine.compilation_cache:
+        processes.keep_compiled(Path(machine.compilation_cache).expanduser())
     processes.join(machine.devices, machine.coordinator, machine.num_processes, machine.process_id)
     processes.require_same_settings(flat(config))
 

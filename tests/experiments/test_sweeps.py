@@ -258,7 +258,7 @@ def test_cells_that_differ_in_any_setting_lie_in_different_directories():
         "dry_run",
     }  # where it lies does not change a cell ...
     elsewhere |= {"devices", "parallel", "shard_scores", "restart"}  # ... nor what it is trained on, or whether again
-    elsewhere |= {"coordinator", "num_processes", "process_id", "workers"}
+    elsewhere |= {"coordinator", "num_processes", "process_id", "workers", "compilation_cache"}
     others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 + 0.01}
     others |= {tuple: lambda v: (*v, 0.5), type(None): lambda v: "a file"}
 
