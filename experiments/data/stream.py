@@ -1,5 +1,6 @@
 """Batches that are read before they are needed, by threads or by processes."""
 
+import errno
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def batches_ahead(read: Callable[[int], Any], start: int, stop: int, workers: in
         flags.FLAGS.mark_as_parsed()  # or a worker refuses to start: it copies the flags of absl
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         packed = numbers.map(partial(_packed, read)).to_iter_dataset(grain.ReadOptions(num_threads=0))
-        return _of_workers(iter(packed.mp_prefetch(options, worker_init_fn=_ignore_signals)))
+        return _of_workers(packed.mp_prefetch(options, worker_init_fn=_ignore_signals), workers)
     return iter(numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))
 
 
@@ -52,15 +53,25 @@ def _packed(read: Callable[[int], Any], number: int) -> bytes:
     return pickle.dumps(read(number), protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def _of_workers(packed: Any) -> Iterator[Any]:
-    """What an iterator of grain passes on from its workers, which end with this one."""
+def _of_workers(packed: Any, workers: int) -> Iterator[Any]:
+    """What grain passes on from its workers, which end with this iterator."""
+    passed_on = None
     try:
-        for each in packed:
+        passed_on = iter(packed)
+        for each in passed_on:
             yield pickle.loads(each)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"the shared memory has no room for the locks of --workers {workers} (on Linux it is /dev/shm, and two need "
+            "half a megabyte): give it more, or leave them out"
+        ) from error
     except RuntimeError as error:  # so grain tells that a worker ended
         raise DataError(
             f"a process that reads images failed ({brief(error)}). Perhaps the memory did not suffice: fewer --workers "
             "take less. Give the same command again: a run resumes from its last checkpoint"
         ) from error
     finally:
-        packed.close()
+        if passed_on is not None:
+            passed_on.close()

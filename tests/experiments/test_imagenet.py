@@ -1,7 +1,8 @@
 """Photographs of many sizes: found, cropped and decoded as they should be, in an order that no worker changes."""
 
+import errno
 import json
-import multiprocessing
+import multiprocessing.context
 import os
 import re
 import shlex
@@ -209,6 +210,16 @@ def test_a_process_ends_after_an_error_while_batches_are_read_ahead(workers, tmp
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "RuntimeError: in training" in done.stderr, done.stderr
+
+
+def test_without_shared_memory_workers_are_refused_in_one_paragraph(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("Semaphore", "BoundedSemaphore", "Lock", "RLock"):
+        monkeypatch.setattr(multiprocessing.context.BaseContext, name, full)
+    with pytest.raises(DataError, match=r"the shared memory has no room for the locks of --workers 2 .*/dev/shm"):
+        next(batches_ahead(asks_for_devices, 0, 2, workers=2, ahead=1))
 
 
 READING = """
