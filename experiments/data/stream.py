@@ -64,8 +64,8 @@ def _of_workers(packed: Any, workers: int) -> Iterator[Any]:
         if error.errno != errno.ENOSPC:
             raise
         raise DataError(
-            f"the shared memory has no room for the locks of --workers {workers} (on Linux it is /dev/shm, and two need "
-            "half a megabyte): give it more, or leave them out"
+            f"the shared memory has no room for the locks of --workers {workers} (on Linux it is /dev/shm; two workers "
+            "need half a megabyte): give it more, or leave them out"
         ) from error
     except RuntimeError as error:  # so grain tells that a worker ended
         raise DataError(
