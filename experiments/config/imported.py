@@ -50,7 +50,8 @@ class Imported:
         )
         if self.output.is_dir():
             raise UserError(f"{self.output} is a directory; name a file with --output.")
-        if self.output.exists() and (not self.overwrite or self.output.samefile(self.file)):
+        is_input = self.output.exists() and self.file.exists() and self.output.samefile(self.file)
+        if self.output.exists() and (is_input or not self.overwrite):
             raise UserError(f"{self.output} is there already; name another file with --output, or say --overwrite.")
         if self.scope == "global" and self.density is None:
             raise UserError("--scope says how weights are ranked, and none are pruned: give a --density.")

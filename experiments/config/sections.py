@@ -91,8 +91,8 @@ class Model:
     widen: float = 1.0
     """Factor on the published widths of the networks of CIFAR-10."""
     bfloat16: bool = False
-    """Compute the network in bfloat16: half the memory of activations, and faster products on accelerators. Weights,
-    scores, masks, batch statistics and the optimizer stay float32, so the same scores select the same weights."""
+    """Compute the network in bfloat16, with activations of half the size. Weights, scores, masks, batch statistics and
+    the optimizer stay float32, so the same scores select the same weights."""
 
     def check(self) -> None:
         """Raises UserError on a setting out of range."""

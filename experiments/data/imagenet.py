@@ -35,9 +35,9 @@ def imagenet(root: Path, image_size: int = 224, crop: float = 0.08, skip_corrupt
     are val/CLASS/NAME.JPEG; or val/NAME.JPEG, and beside val the development kit, unpacked, whose files `TRUTH` and
     `CLASSES` tell the class of each. A file may be JPEG or PNG, whatever its name says, and of any colours.
 
-    Without train, val alone is enough for an evaluation. If neither is there, the photographs are those of
-    `root`/imagenet2012/VERSION, as tensorflow-datasets prepares them in ArrayRecord files; those for evaluation are in
-    its split "validation".
+    If there is no directory train, the photographs are those of `root`/imagenet2012/VERSION, as tensorflow-datasets
+    prepares them in ArrayRecord files; those for evaluation are in its split "validation". Without these too, val alone
+    is enough for an evaluation.
 
     Args:
       root: the directory of the data.

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def parsed(text: str, schema: Any) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     return value
+
+
+def require_writable(folder: Path) -> None:
+    """Makes the folder, if it is not there; OSError unless files can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_json(file: Path, value: dict) -> None:

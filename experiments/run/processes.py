@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.run import files
 from experiments.run.errors import UserError
 from supermask_jax import parallel
 
@@ -23,9 +23,7 @@ THREADS = 32  # of eight simulated devices: with one for each core, they can wai
 def keep_compiled(folder: Path) -> None:
     """Keeps every program that this process compiles, and takes those that are there; UserError if it may not write."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        files.require_writable(folder)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"--compilation-cache: cannot write in {folder} ({why}); name another directory.") from error

@@ -1,7 +1,6 @@
 """A network that was trained in PyTorch, pruned and written as a subnetwork."""
 
 import shlex
-import tempfile
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import supermask_jax as sm
 from experiments.config.imported import Imported
 from experiments.config.sections import Init, Model
 from experiments.data.blank import blank_imagenet
-from experiments.run import display
+from experiments.run import display, files
 from experiments.run.errors import UserError
 from experiments.training import stored, summary
 from experiments.training.network import network
@@ -26,9 +25,7 @@ def convert(config: Imported) -> int:
       UserError: the file cannot be read, or is of another network.
     """
     try:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output.parent):
-            pass
+        files.require_writable(config.output.parent)
     except OSError as error:
         raise UserError(f"cannot write {config.output} ({error.strerror or error}): name another file.") from error
     model = Model(config.model, affine=config.affine, biases=config.biases)

@@ -116,6 +116,7 @@ def test_numbers_that_are_not_finite_are_refused_pruned_or_not(arrays, tmp_path)
         ({"image_size": 4}, "image-size"),
         ({"hidden_network": True, "scope": "global", "density": 0.5}, "leave out --scope"),
         ({"scope": "global"}, "give a --density"),
+        ({"output": ROOT / "README.md"}, "is there already"),
         ({"output": ROOT}, "is a directory"),
         ({"file": ROOT / "README.md", "output": ROOT / "README.md"}, "is there already"),
         ({"file": ROOT / "README.md", "output": ROOT / "README.md", "overwrite": True}, "is there already"),
@@ -171,3 +172,12 @@ def test_the_content_of_a_file_is_a_setting_and_its_name_is_none(file, tmp_path)
     assert pretrained.digest(str(copy)) == pretrained.digest(str(file)) != pretrained.digest(str(other))
     config = changed(imagenet.Config(), weights=str(file), init="kaiming-uniform")
     assert named(config, "imagenet").init == imagenet.Config().init, "nothing is drawn"
+
+
+def test_a_file_that_is_missing_is_no_traceback_where_another_is_overwritten(tmp_path):
+    (tmp_path / "there").write_text("mine")
+    config = settings(tmp_path / "none.pth", tmp_path, output=tmp_path / "there", overwrite=True)
+    config.check()
+    with pytest.raises(UserError, match=r"cannot read .*none\.pth"):
+        import_weights.main(config)
+    assert (tmp_path / "there").read_text() == "mine"
