@@ -1,11 +1,14 @@
-"""Inference with masked networks: the dense product, the smaller network that `compact` makes, and sparse matrices.
+"""Inference with masked networks: the dense product, the smaller network that `compact` makes, sparse matrices, and
+other libraries where they are installed.
 
 The networks are trained for a few epochs on 4,000 digits, so that masks are those of a method and not random ones. No
 candidate multiplies by the masks: that is done once, before.
 """
 
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,24 +18,27 @@ import optax
 from jax.experimental import sparse
 
 import supermask_jax as sm
-from experiments.bench.rows import compared, interleaved, row
-from experiments.bench.tables import table
+from experiments.bench import child, runtimes
+from experiments.bench.rows import compared, cores, interleaved, row
 from experiments.config.sections import Init, Model
 from experiments.data.augment import normalise
 from experiments.data.batches import epoch_order
 from experiments.data.mnist import mnist_5k
 from experiments.data.source import Dataset
+from experiments.run.markdown import table
 from experiments.training.loss import make_loss
 from experiments.training.network import Network, network
-from supermask_jax.trees import Tree, apply_masks, ones_and_sizes
+from supermask_jax.commands import graphs, networks, onnx_file
+from supermask_jax.trees import Tree, apply_masks, by_path, ones_and_sizes
 
 NETWORKS = ("lenet-300-100", "convnet")
 METHODS = ("edge-popup", "gradual")
 DENSITIES = (0.5, 0.1, 0.02, 0.005)
-CALLS = {1: 20, 256: 2}
+CALLS = {1: 100, 256: 2}
 """{images of a batch: calls in a turn}: the first call of a turn finds the caches full of another candidate's data."""
 EPOCHS, BATCH_SIZE = 10, 64
-RATIOS = (("compacted", "dense", None, None), ("sparse", "dense", None, None))
+OTHERS = ("compacted", "sparse", "onnxruntime", "sparselab")
+RATIOS = tuple((name, "dense", None, None) for name in OTHERS)
 
 
 class Trained(NamedTuple):
@@ -120,20 +126,21 @@ def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) ->
 
     params = jax.tree.map(jnp.asarray, apply_masks(trained.weights, trained.masks))
     small = sm.compact(dense, trained.weights, trained.masks, images)
-    candidates: dict[str, tuple[Callable, Any]] = {
+    ours: dict[str, tuple[Callable, Any]] = {
         "dense": (sm.jit(dense), params),
         "compacted": (sm.jit(small.apply_fn), small.params),
     }
-    logits = {name: np.asarray(f(of, images)) for name, (f, of) in candidates.items()}
-    if all(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(params)):
+    logits = {name: np.asarray(f(of, images)) for name, (f, of) in ours.items()}
+    if _all_dense(params):
         matrices = [sparse.BCOO.fromdense(leaf.T) for leaf in jax.tree.leaves(params)]
-        candidates["sparse"] = sm.jit(sparse_layers), matrices
+        ours["sparse"] = sm.jit(sparse_layers), matrices
     largest = np.abs(logits["dense"]).max()
     rows = []
     for batch, times in CALLS.items():
-        x = jnp.asarray(np.resize(images, (batch, *images.shape[1:])))
-        calls = {name: partial(repeated, f, of, x, times) for name, (f, of) in candidates.items()}
-        seconds = {name: of / times for name, of in interleaved(calls, rounds).items()}
+        x = np.resize(images, (batch, *images.shape[1:]))
+        calls = {name: partial(repeated, f, of, jnp.asarray(x), times) for name, (f, of) in ours.items()}
+        with child.candidates(runtimes.make_calls, times, **_for_runtimes(trained, params, dataset, x)) as theirs:
+            seconds = {name: of / times for name, of in interleaved({**calls, **theirs}, rounds).items()}
         rows += compared(f"{group}, batch {batch}", seconds, RATIOS)
     sizes = [sum(map(np.prod, shapes.values())) for shapes in (small.before, small.after)]
     rows.append(row(group, "parameters, compacted / dense", "x", sizes[1] / sizes[0]))
@@ -146,6 +153,26 @@ def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) ->
         "changed labels": int((logits["compacted"].argmax(-1) != logits["dense"].argmax(-1)).sum()),
     }
     return rows, left
+
+
+def _all_dense(params: Tree) -> bool:
+    return all(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(params))
+
+
+def _for_runtimes(trained: Trained, params: Tree, dataset: Dataset, images: np.ndarray) -> dict[str, Any]:
+    """The arguments of `runtimes.make_calls`: the masked network, for those libraries that are installed."""
+    installed = runtimes.installed()
+    leaves = jax.device_get(by_path(params))
+    file = None
+    if "onnxruntime" in installed:
+        of = networks.Network(trained.network.module, dataset.image_shape, dataset.classes, dataset.mean, dataset.std)
+        graph = graphs.steps(of)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            onnx_file.write(path, of, graph, graphs.arrays(graph, leaves, {}))
+            file = path.read_bytes()
+    matrices = list(leaves.values()) if "sparselab" in installed and _all_dense(params) else None
+    return {"file": file, "matrices": matrices, "images": np.moveaxis(images, -1, 1), "threads": cores()}
 
 
 def repeated(function: Callable, params: Any, x: jax.Array, times: int) -> jax.Array:
@@ -182,12 +209,12 @@ def results_table(measured: dict) -> str:
                 *(f"{of['kept']:,}", f"{of['parameters'][1]:,}"),
                 *(
                     f"{ratio[key]:.2f}" if (key := (f"{group}, batch {batch}", f"{name} / dense")) in ratio else "-"
-                    for name in ("compacted", "sparse")
+                    for name in OTHERS
                     for batch in CALLS
                 ),
             )
         )
-    times = [f"{name}, batch {batch}" for name in ("compacted", "sparse") for batch in CALLS]
+    times = [f"{name}, batch {batch}" for name in OTHERS for batch in CALLS]
     return table(
         ("network", "method", "density", "accuracy", "units left", "weights kept", "parameters left", *times), lines
     )

@@ -1,8 +1,7 @@
 """The tables of docs/scaling.md and docs/running.md, from figures of the benchmark and the formulae of `cost_model`."""
 
 import math
-import re
-from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -10,29 +9,11 @@ from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, mo
 from experiments.bench.networks import describe, split_layers
 from experiments.bench.scaling import totals
 from experiments.bench.scaling_step import LAYOUTS
+from experiments.run.markdown import table
 
 CHIP = "TPU v5p"
 CHIPS_IN_ALL = (8, 256, 4096)
 PER_CHIP, IN_ALL = 32, 4096  # images: the published batch of 256 on 8 chips; and one batch however many chips
-TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def with_tables(text: str, measured: dict) -> str:
-    """The document, with a new table between each `<!-- table: NAME -->` and `<!-- end -->`.
-
-    Args:
-      text: the document.
-      measured: what `scaling.measure` returns; or what the benchmark writes with --faults.
-    """
-    tables = {
-        "faults": faults_table,
-        "traffic": traffic_table,
-        "selection": selection_table,
-        "speed": speed_table,
-        "resnet-50": lambda measured: cost_table("resnet-50", measured),
-        "wide-resnet-50": lambda measured: cost_table("wide-resnet-50", measured),
-    }
-    return TABLE.sub(lambda match: match[1] + tables[match[2]](measured) + match[3], text)
 
 
 def faults_table(measured: dict) -> str:
@@ -114,8 +95,12 @@ def cost_table(name: str, measured: dict) -> str:
     return table(("chips x images", "batch", "scores are", *times, "MB sent", "GB", "GB activations"), lines)
 
 
-def table(head: Iterable[str], lines: Iterable[Iterable]) -> str:
-    """Markdown."""
-    head = list(head)
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+TABLES = {
+    "faults": faults_table,
+    "traffic": traffic_table,
+    "selection": selection_table,
+    "speed": speed_table,
+    "resnet-50": partial(cost_table, "resnet-50"),
+    "wide-resnet-50": partial(cost_table, "wide-resnet-50"),
+}
+"""{name in a document: what makes the table of the figures}."""

@@ -43,19 +43,6 @@ def _dropped(scores, density: float) -> int:
     return int((1 - density) * scores.numel())
 
 
-def serve(pipe, arguments: dict) -> None:
-    """Answers calls from another process: sends the names of the steps, then, for each (name, times), the loss.
-
-    `arguments` are those of `make_steps` and "threads", the number that torch may use.
-    """
-    torch.set_num_threads(arguments.pop("threads"))
-    steps = make_steps(**arguments)
-    pipe.send(list(steps))
-    while True:
-        name, times = pipe.recv()
-        pipe.send(steps[name](times))
-
-
 def make_steps(
     graph: Sequence[Step],
     weights: Mapping[str, np.ndarray],
@@ -66,6 +53,7 @@ def make_steps(
     density: float,
     learning_rate: float,
     momentum: float,
+    threads: int,
     device: str = "cpu",
 ) -> dict[str, Callable[[int], float]]:
     """{name: run}, where run(times) trains on the one batch and returns the loss before the last update.
@@ -78,7 +66,9 @@ def make_steps(
       scores: the same names and shapes, of the kernels.
       images: float32 [n, h, w, c], normalised.
       labels: int [n].
+      threads: that torch may use.
     """
+    torch.set_num_threads(threads)
     x = torch.tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels, device=device).long()
 

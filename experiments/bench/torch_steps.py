@@ -1,18 +1,16 @@
 """PyTorch's train steps in a process of their own, for the benchmark to time beside ours.
 
-In one process, the threads of torch and of XLA would wait busily for work and slow each other down. torch is optional,
-so it is imported only where it is measured.
+torch is optional, so it is imported only where it is measured.
 """
 
-import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.bench.child import candidates
 from experiments.bench.rows import cores
 from experiments.bench.train_step import DENSITY, OurStep, Start, first_batch, make_method
 from experiments.data.augment import normalise
@@ -31,7 +29,7 @@ def why_no_torch() -> str | None:
 
 
 def torch_arguments(start: Start, ours: OurStep) -> dict[str, Any]:
-    """The arguments of `torch_reference.serve`: weights, scores, batch and settings that our edge-popup starts from.
+    """The arguments of `torch_reference.make_steps`: weights, scores, batch, settings that our edge-popup starts with.
 
     Args:
       start: of `train_step.noise`.
@@ -59,27 +57,11 @@ def torch_arguments(start: Start, ours: OurStep) -> dict[str, Any]:
     return jax.device_get(arguments)
 
 
-@contextlib.contextmanager
-def torch_steps(start: Start, ours: OurStep) -> Iterator[dict[str, Callable[[], float]]]:
+def torch_steps(start: Start, ours: OurStep) -> AbstractContextManager[dict[str, Callable[[], float]]]:
     """{name: call}, where a call does as many steps as one of ours, from the same start, and returns the last loss.
 
     The process ends with the context. Arguments as in `torch_arguments`.
     """
     from experiments.bench import torch_reference
 
-    arguments = torch_arguments(start, ours)
-    spawn = multiprocessing.get_context("spawn")
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=torch_reference.serve, args=(theirs, arguments), daemon=True)
-    process.start()
-    theirs.close()  # so that the end of the process ends a recv
-
-    def call(name: str) -> float:
-        pipe.send((name, ours.steps))
-        return pipe.recv()
-
-    try:
-        yield {name: partial(call, name) for name in pipe.recv()}
-    finally:
-        process.terminate()
-        process.join()
+    return candidates(torch_reference.make_steps, ours.steps, **torch_arguments(start, ours))

@@ -10,6 +10,7 @@ from experiments.plots.lines import counted
 from experiments.reports.published import Experiment
 from experiments.reports.tables import Row
 from experiments.run.files import write_text
+from experiments.run.markdown import table
 
 Tables = Sequence[tuple[Experiment, list[Row]]]
 
@@ -41,7 +42,7 @@ def markdown(tables: Tables) -> str:
     for experiment, rows in tables:
         done = [[*_cells(row)] for row in rows if row.accuracies]
         parts += [f"## {experiment.title}", experiment.text]
-        parts += [_table(HEADS, done)] if done else []
+        parts += [table(HEADS, done).rstrip()] if done else []
         parts += [*_not_run(rows), *_sources(rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -56,16 +57,16 @@ def readme_table(tables: Tables) -> str:
                 published += f", {row.figure.epochs:,} epochs" if row.cut_short else ""
                 ours = f"**{_ours(row)}**" + (f", {counted(row.epochs, 'epoch')}" if row.epochs else "")
                 lines.append([_name(row), f"`{row.command}`", ours, published])
-    return _table(README_HEADS, lines)
+    return table(README_HEADS, lines).rstrip()
 
 
-def with_table(readme: str, table: str) -> str:
+def with_table(readme: str, made: str) -> str:
     """README with another table between the two marks; ValueError where they are not."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"there is no table between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
 def page(tables: Tables, picture: Callable[[Experiment, list[Row]], bytes | None]) -> str:
@@ -135,11 +136,6 @@ def _percent(fraction: float | None) -> str:
 def _sources(rows: list[Row]) -> list[str]:
     sources = list(dict.fromkeys(row.figure.source for row in rows if row.figure.source))
     return [f"Published figures: {'; '.join(sources)}."] if sources else []
-
-
-def _table(heads: tuple[str, ...], lines: list[list[str]]) -> str:
-    rows = [list(heads), ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |" for row in rows)
 
 
 def _html_table(rows: list[Row]) -> str:

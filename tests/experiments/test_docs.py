@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import supermask_jax as sm
+from experiments import doc_tables
 from experiments.config.sections import Masks
+from experiments.run import markdown
 from experiments.training.methods import Setup
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +160,16 @@ def test_the_recipes_train_when_they_are_put_into_the_files_that_they_name(tmp_p
     assert [summary["method"] for summary in summaries] == ["redrawn", "gradient", "edge-popup", "edge-popup"]
     assert [summary["density"] for summary in summaries] == pytest.approx([0.3, 0.1, 0.5, 0.5], abs=1e-3)
     assert summaries[2]["test_accuracy"] > 0.9, "stripes are easy"
+
+
+def test_the_tables_of_the_documents_are_those_of_the_figures(tmp_path):
+    before = doc_tables.Config()
+    for document in doc_tables.FIGURES_OF:
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        text = (before.documents / document).read_text()
+        assert len(markdown.MARKED.findall(text)) == text.count("<!-- table: ") >= 1, document
+        (tmp_path / document).write_text(markdown.MARKED.sub(r"\1\3", text))
+    doc_tables.main(doc_tables.Config(documents=tmp_path))
+    for document in doc_tables.FIGURES_OF:
+        same = (tmp_path / document).read_text() == (before.documents / document).read_text()
+        assert same, f"{document}: run {doc_tables.PROG}"

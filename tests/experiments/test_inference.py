@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import sparse
 
 from experiments import benchmark
-from experiments.bench import inference
+from experiments.bench import child, inference, runtimes
+from experiments.data.mnist import mnist_5k
 from experiments.run.errors import UserError
 
 
@@ -34,6 +35,37 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
     assert {"compacted / dense", "sparse / dense", "parameters, compacted / dense"} <= names
     table = capsys.readouterr().out
     assert "| lenet-300-100 | gradual | 0.03 |" in table and "sparse, batch 4 |" in table
+
+
+@pytest.mark.parametrize(("name", "needs"), (("onnxruntime", "onnx"), ("sparselab", "torch")))
+def test_other_libraries_classify_as_ours(name, needs):
+    """From a process of their own, where they are installed."""
+    pytest.importorskip(needs), pytest.importorskip(name)
+    digits = mnist_5k()
+    trained = inference.train("lenet-300-100", "gradual", 0.1, digits, epochs=1)
+    params = inference.apply_masks(trained.weights, trained.masks)
+    images = np.asarray(inference.normalise(digits.test.read(np.arange(3))["image"], digits.mean, digits.std))
+    with child.candidates(
+        runtimes.make_calls, times=2, **inference._for_runtimes(trained, params, digits, images)
+    ) as found:
+        logits = found[name]()
+    np.testing.assert_allclose(logits, trained.network.logits(params, None, images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_in_the_other_process_does_so_many():
+    with child.candidates(calls_for_test, times=3, start=10) as found:
+        assert set(found) == {"add"} and found["add"]() == 13 and found["add"](times=5) == 18
+
+
+def calls_for_test(start):
+    total = start
+
+    def add(times):
+        nonlocal total
+        total += times
+        return total
+
+    return {"add": add}
 
 
 @pytest.mark.slow

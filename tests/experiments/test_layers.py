@@ -34,7 +34,7 @@ LIBRARIES = {
     "sweeps": {"numpy", "jax", "optax", "rich"},
     "reports": set(),
     "faults": {"numpy", "jax", "orbax"},
-    "bench": {"PIL", "numpy", "jax", "flax", "optax", "orbax", "rich", "torch"},
+    "bench": {"PIL", "numpy", "jax", "flax", "optax", "orbax", "rich", "torch", "onnxruntime", "sparselab"},
 }
 
 # Imports inside functions: {file: {function: what}}. A command's `main` imports what it needs, so that --help answers
@@ -68,8 +68,9 @@ LATE = {
         "_gathered": {"jax.experimental"},
     },
     "bench/reading.py": {"_pixels": {"PIL"}},
-    # PyTorch is not among the requirements.
+    # PyTorch and the other libraries are not among the requirements.
     "bench/torch_steps.py": "any",
+    "bench/runtimes.py": "any",
 }
 
 # Everything that is trained or evaluated is compiled by supermask_jax.jit; these have no convolution in them.

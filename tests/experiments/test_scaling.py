@@ -7,7 +7,7 @@ import re
 import pytest
 from compiling import QUICK
 
-from experiments import benchmark, benchmark_tables
+from experiments import benchmark, doc_tables
 from experiments.bench import hlo, networks, scaling, scaling_step, tables
 from experiments.bench.cost_model import CHIPS, Assumed, Network, collective_bytes, cost_model, most_passes, state_bytes
 from experiments.faults import child_run, damage, disks, inputs, power, soak, stops, surroundings, table
@@ -15,7 +15,7 @@ from supermask_jax.threshold import SAMPLE
 
 DEVICES, BATCH = 8, 16
 SMALL, LARGE, NORMALISED = "mnist-convnet", "mlp", "tiny-resnet"  # 1.2 million scores, 25 million, and few
-FILES = benchmark_tables.Config()
+FILES = doc_tables.Config()
 FAULTS = (child_run.Fault, child_run.Fault | None)
 COMPILED = [
     *((net, layout, BATCH) for net in (SMALL, LARGE, NORMALISED) for layout in ("replicated", "gathered")),
@@ -198,7 +198,7 @@ def test_the_faults_flag_does_harm_and_tells_what_survived(monkeypatch, tmp_path
     assert failed["survived"] == 0 and "no rain" in failed["lost"][0]
     assert (seen["fault"], seen["tries"], seen["survived"], len(seen["lost"])) == ("flood", 7, 4, 3)
     assert "blub" in seen["lost"][0] and re.search(r"flood\W+7\W+4\W", capsys.readouterr().out)
-    assert "| flood | 4 of 7 |" in tables.with_tables("<!-- table: faults -->\n<!-- end -->", result)
+    assert "| flood | 4 of 7 |" in tables.faults_table(result)
 
 
 def test_every_fault_is_in_the_table_and_has_a_name_of_its_own():
@@ -209,16 +209,6 @@ def test_every_fault_is_in_the_table_and_has_a_name_of_its_own():
     there = {each for each in public if getattr(each, "__annotations__", {}).get("return") in FAULTS}
     assert {function for function, _ in done} == there - {child_run.make_fault}
     assert sum(more["tries"] for function, more in done if function is stops.kills) == 8
-
-
-@pytest.mark.parametrize(
-    ("document", "figures", "number"), (("scaling.md", "scaling.json", 5), ("running.md", "faults.json", 1))
-)
-def test_the_tables_of_the_documents_are_those_of_the_figures_and_formulae(document, figures, number):
-    assert benchmark_tables.FIGURES_OF[document] == figures
-    text, measured = (FILES.documents / document).read_text(), json.loads((FILES.figures / figures).read_text())
-    assert text.count("<!-- table: ") == len(tables.TABLE.findall(text)) == number
-    assert tables.with_tables(text, measured) == text, "run python -m experiments.benchmark_tables"
 
 
 @pytest.mark.slow
