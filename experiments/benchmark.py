@@ -1,8 +1,8 @@
 """Time and memory of the training step and of the selection: `python -m experiments.benchmark`.
 
 With --cifar, it measures the networks of CIFAR-10 instead; with --scaling, what several devices cost; with --inference,
-the inference of masked networks; with --faults, how many runs survive what is done to them; with --reading, how fast
-photographs are read.
+the inference of masked networks; with --growth, selections of up to 1.3 billion scores; with --faults, how many runs
+survive what is done to them; with --reading, how fast photographs are read.
 Figures are ratios within one run, because absolute times differ between machines and from day to day.
 """
 
@@ -38,6 +38,9 @@ class Config:
     inference: bool = False
     """Measure inference instead: of networks trained by edge-popup and by gradual pruning at several densities, dense,
     compacted and with sparse matrices. The batch sizes are not used."""
+    growth: bool = False
+    """Measure selections of 25 million to 1.3 billion scores instead, on one device and on eight fake ones, and draw
+    how they grow. The batch sizes are not used."""
     reading: str | None = None
     """Measure instead how fast the photographs in this directory are read, which is as --data-dir of
     experiments.imagenet."""
@@ -50,7 +53,7 @@ class Config:
     """With --faults, how long a run is watched that saves again and again; a process is frozen for a sixth of it, at
     least 20 seconds."""
     output: str | None = None
-    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json,
+    """The JSON file to write. [runs/benchmark/benchmark.json, or cifar.json, scaling.json, inference.json, growth.json,
     faults.json or reading.json there]"""
 
     def check(self) -> None:
@@ -72,15 +75,19 @@ class Config:
 
     @property
     def _chosen(self) -> list[str]:
-        return [name for name in ("scaling", "inference", "cifar", "faults", "reading") if getattr(self, name)]
+        return [
+            name for name in ("scaling", "inference", "cifar", "growth", "faults", "reading") if getattr(self, name)
+        ]
 
 
 def main(config: Config) -> dict:
     """Measures, prints the table, writes the JSON file and returns what is in it."""
     from rich.console import Console  # here, so that --help answers at once
 
-    from experiments.bench import inference, one_device, reading, rows, scaling, torch_steps
+    from experiments.bench import growth, inference, one_device, reading, rows, scaling, torch_steps
     from experiments.faults import table
+    from experiments.plots import growth as plots
+    from experiments.plots import style
     from experiments.run import files
 
     file = Path(config.output or f"runs/benchmark/{config.measures}.json")
@@ -100,6 +107,9 @@ def main(config: Config) -> dict:
             measured = reading.measure(Path(config.reading).expanduser(), IMAGE_SIZE, config.rounds)
     elif config.faults:
         measured = table.measure(config.kills, config.soak_seconds, console.status)
+    elif config.growth:
+        measured = growth.measure(config.rounds, console.status)
+        style.save(plots.growth(measured), file.with_suffix(".png"))
     elif config.inference:
         measured = inference.measure(config.rounds, console.status)
         print(inference.results_table(measured))

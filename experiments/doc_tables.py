@@ -12,12 +12,7 @@ from experiments.run.errors import UserError
 
 PROG = "python -m experiments.doc_tables"
 ROOT = Path(__file__).parent.parent
-FIGURES_OF = {
-    "scaling.md": "scaling.json",
-    "running.md": "faults.json",
-    "inference.md": "inference.json",
-    "results/bits.md": "bits.json",
-}
+DOCUMENTS = ("scaling.md", "running.md", "inference.md", "speed.md", "results/bits.md")
 
 
 @dataclass(frozen=True)
@@ -30,11 +25,10 @@ class Config:
     """The directory with the documents whose tables are replaced."""
 
     def check(self) -> None:
-        """Raises UserError where a file is missing."""
-        for document, figures in FIGURES_OF.items():
-            for file in (self.documents / document, self.figures / figures):
-                if not file.is_file():
-                    raise UserError(f"there is no file {file}.")
+        """Raises UserError where a document is missing."""
+        for document in DOCUMENTS:
+            if not (self.documents / document).is_file():
+                raise UserError(f"there is no file {self.documents / document}.")
 
 
 def main(config: Config) -> None:
@@ -44,11 +38,10 @@ def main(config: Config) -> None:
     from experiments.run import files, markdown
 
     makers = {**tables.TABLES, "inference": inference.results_table, **bits.TABLES}
-    for document, figures in FIGURES_OF.items():
+    for document in DOCUMENTS:
         file = config.documents / document
-        files.write_text(
-            file, markdown.with_tables(file.read_text(), makers, files.read_json(config.figures / figures))
-        )
+        text = markdown.with_tables(file.read_text(), makers, lambda name: files.read_json(config.figures / name))
+        files.write_text(file, text)
 
 
 if __name__ == "__main__":

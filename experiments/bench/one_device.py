@@ -89,7 +89,7 @@ def our_steps(start: Start, batch: int, sizes: Sizes) -> dict[str, OurStep]:
 
 
 def measure_cifar(rounds: int, torch: bool, status: Status) -> dict:
-    """Measures the step and its compilation of the networks of CIFAR-10, one after the other.
+    """Measures the step, its compilation and the selection of the networks of CIFAR-10, one after the other.
 
     Args:
       rounds: times that each candidate is measured.
@@ -113,6 +113,10 @@ def measure_cifar(rounds: int, torch: bool, status: Status) -> dict:
             reference = torch_steps(start, steps["edge-popup"]) if torch else contextlib.nullcontext({})
             with reference as theirs:
                 rows += time_steps(group, steps, theirs, [*CIFAR_RATIOS, *faster], rounds)
+            scores = sm.init_scores(jax.random.key(1), start.weights)
+            select = _selection(DENSITY, scores)
+            seconds = interleaved(_selections(select, scores, DENSITY), rounds)
+            rows += compared(group, seconds, SELECTION_RATIOS[:1])
     return {"rows": rows}
 
 
@@ -161,24 +165,35 @@ def time_selection(weights: Tree, rounds: int) -> list[dict]:
     layer's threshold, and neither makes masks nor breaks ties.
     """
     parts = {"layer": _largest, "net": lambda scores: scores}
-    sort = jax.jit(lambda scores: jax.tree.map(lambda s: jnp.sort(jnp.abs(s).ravel()), scores))
     kinds, rows = _scores_of_each_kind(weights), []
     for (part, part_of), density in itertools.product(parts.items(), SELECTION_DENSITIES):
-        mask_fn = sm.edge_popup(density)
-        select = _compiled(lambda s, f=mask_fn: f(s, None), part_of(kinds["normal"]))
+        select = _selection(density, part_of(kinds["normal"]))
         for kind, scores in kinds.items():
-            scores = part_of(scores)
-            flat = [np.abs(np.asarray(s)).ravel() for s in jax.tree.leaves(scores)]
-            cuts = [s.size - sm.keep_count(density, s.size) for s in flat]
-            candidates = {
-                "selection": partial(select, scores),
-                "numpy.partition": lambda flat=flat, cuts=cuts: list(map(np.partition, flat, cuts)),
-            }
-            if part != "net" and density == SELECTION_DENSITIES[0]:  # once: a sort is slow and knows no density
-                candidates["jnp.sort"] = partial(sort, scores)
-            seconds = interleaved(candidates, rounds)
+            # Once: a sort is slow and knows no density.
+            sorts = part != "net" and density == SELECTION_DENSITIES[0]
+            seconds = interleaved(_selections(select, part_of(scores), density, sorts), rounds)
             rows += compared(f"selection, {part}, {kind}, {density}", seconds, SELECTION_RATIOS)
     return rows
+
+
+def _selection(density: float, scores: Tree) -> Callable[[Tree], Tree]:
+    """Edge-popup's masks, compiled for these scores."""
+    mask_fn = sm.edge_popup(density)
+    return _compiled(lambda s: mask_fn(s, None), scores)
+
+
+def _selections(select: Callable, scores: Tree, density: float, sorts: bool = False) -> dict[str, Callable]:
+    """The selection and what it is compared with, for `interleaved`."""
+    flat = [np.abs(np.asarray(s)).ravel() for s in jax.tree.leaves(scores)]
+    cuts = [s.size - sm.keep_count(density, s.size) for s in flat]
+    candidates = {
+        "selection": partial(select, scores),
+        "numpy.partition": lambda: list(map(np.partition, flat, cuts)),
+    }
+    if sorts:
+        sort = jax.jit(lambda scores: jax.tree.map(lambda s: jnp.sort(jnp.abs(s).ravel()), scores))
+        candidates["jnp.sort"] = partial(sort, scores)
+    return candidates
 
 
 def _scores_of_each_kind(weights: Tree) -> dict[str, Tree]:

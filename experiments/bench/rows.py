@@ -9,8 +9,11 @@ import importlib.metadata
 import itertools
 import operator
 import os
+import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +68,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def instructions() -> str:
+    """The widest vectors that this machine's processor computes with; its architecture where that is not told."""
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        flags = set()
+    widest = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("asimd", "NEON"))
+    return next((name for flag, name in widest if flag in flags), platform.machine())
+
+
 def about(config, no_torch: str | None) -> dict:
     """What the figures were measured on and with.
 
@@ -79,6 +92,7 @@ def about(config, no_torch: str | None) -> dict:
         "config": dataclasses.asdict(config),
         "device": summary.machine(),
         "cores": cores(),
+        "instructions": instructions(),
         "torch": no_torch or versions["torch"],
         "versions": versions,
     }
@@ -93,7 +107,8 @@ def show(console: Console, result: dict) -> None:
             table.add_row(fault["fault"], str(fault["tries"]), str(fault["survived"]))
         console.print(table)
         return
-    table = Table(title=f"{about['device']}, {about['cores']} cores, {about['config']['rounds']} rounds")
+    machine = f"{about['device']}, {about['cores']} cores, {about['instructions']}"
+    table = Table(title=f"{machine}, {about['config']['rounds']} rounds")
     for column, justify in (("", "left"), ("median", "right"), ("min - max", "right"), ("target", "left")):
         table.add_column(column, justify=justify)
     for group, lines in itertools.groupby(result["rows"], key=operator.itemgetter("group")):

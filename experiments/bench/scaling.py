@@ -31,7 +31,7 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
 
     Args:
       devices: how many.
-      task: a function of `scaling_step`.
+      task: a function at the top of a room.
       calls: its arguments, which travel as JSON.
       flags: more XLA flags for the process.
 
@@ -44,8 +44,9 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
         "PJRT_NPROC": "32",  # with a thread per core, many devices on few cores can wait for each other forever
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    code = "import sys; from experiments.bench import scaling_step; scaling_step.answer(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, task.__name__, json.dumps(list(calls))]
+    code = f"import json, sys; from {task.__module__} import {task.__name__} as task"
+    code += "; print(json.dumps([task(*arguments) for arguments in json.loads(sys.argv[1])]))"
+    command = [sys.executable, "-c", code, json.dumps(list(calls))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     if done.returncode:
         raise RuntimeError(f"{task.__name__} on {devices} fake devices failed: {done.stderr[-2000:]}")

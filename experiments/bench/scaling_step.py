@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -209,8 +208,3 @@ def passes(name: str) -> dict[str, int]:
             sm.layerwise_masks(jax.tree.map(jnp.abs, of), DENSITY)
         counted[kind] = len(trips)
     return counted
-
-
-def answer(task: str, calls: str) -> None:
-    """Prints the results of a task for each tuple of arguments, as JSON. A child process runs this."""
-    print(json.dumps([globals()[task](*arguments) for arguments in json.loads(calls)]))

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, most_passes
 from experiments.bench.networks import describe, split_layers
+from experiments.bench.rows import short
 from experiments.bench.scaling import totals
 from experiments.bench.scaling_step import LAYOUTS
 from experiments.run.markdown import table
@@ -95,7 +96,61 @@ def cost_table(name: str, measured: dict) -> str:
     return table(("chips x images", "batch", "scores are", *times, "MB sent", "GB", "GB activations"), lines)
 
 
+def machine_line(measured: dict) -> str:
+    """What the figures were measured on."""
+    about = measured["about"]
+    versions = [f"{name} {about['versions'][name]}" for name in ("jaxlib", "torch") if name in about["versions"]]
+    machine = f"{about['cores']} cores, {about['device']}, {about['instructions']}"
+    return f"{machine}; {about['config']['rounds']} rounds; {', '.join(versions)}.\n"
+
+
+def steps_table(measured: dict) -> str:
+    """Ratios of training steps: a row for each, a column for each batch size or network."""
+    groups = {group: {line["name"]: line for line in lines} for group, lines in _groups(measured).items()}
+    groups = {group: lines for group, lines in groups.items() if "dense" in lines}
+    names = dict.fromkeys(name for lines in groups.values() for name, line in lines.items() if line["unit"] == "x")
+    heads = [group.removeprefix("training step, ").removesuffix(", batch 128") for group in groups]
+    return table(("ratio", *heads), [(name, *(_compared(of, name) for of in groups.values())) for name in names])
+
+
+def _compared(lines: dict[str, dict], name: str) -> str:
+    """A ratio, the two times of which it is one, and its target: `1.05 x (25.2 / 23.9 ms); <= 1.1 met`."""
+    if name not in lines:
+        return ""
+    line, prefix = lines[name], "compiling, " if name.startswith("compiling, ") else ""
+    parts = [prefix + part for part in name.removeprefix(prefix).split(" / ")]
+    times = " / ".join(short(lines[part]["median"]) for part in parts)
+    target = f"; {line['target']} {'met' if line['met'] else 'missed'}" if "target" in line else ""
+    return f"{line['median']:.2f} x ({times} {lines[parts[0]]['unit']}){target}"
+
+
+def partition_table(measured: dict) -> str:
+    """Selection beside numpy.partition: a row for each kind of scores, a column for each density."""
+    ratios = {
+        group: next(line["median"] for line in lines if line["name"] == "selection / numpy.partition")
+        for group, lines in _groups(measured).items()
+        if group.startswith("selection, ")
+    }
+    kinds = dict.fromkeys(group.rpartition(", ")[0] for group in ratios)
+    densities = dict.fromkeys(group.rpartition(", ")[2] for group in ratios)
+    lines = [
+        (kind.removeprefix("selection, "), *(f"{ratios[f'{kind}, {density}']:.1f} x" for density in densities))
+        for kind in kinds
+    ]
+    return table(("scores", *(f"density {density}" for density in densities)), lines)
+
+
+def _groups(measured: dict) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for line in measured["rows"]:
+        found.setdefault(line["group"], []).append(line)
+    return found
+
+
 TABLES = {
+    "machine": machine_line,
+    "steps": steps_table,
+    "selection beside numpy.partition": partition_table,
     "faults": faults_table,
     "traffic": traffic_table,
     "selection": selection_table,

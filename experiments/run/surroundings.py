@@ -62,7 +62,7 @@ def require_memory(needed: int, device) -> None:
       needed: bytes, beside what is held already.
       device: the `jax.Device` that it runs on.
     """
-    free = _free(device)
+    free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
             f"a training step needs {needed / 1e9:.1f} GB of memory beside what is held already, and {free / 1e9:.1f} "
@@ -70,8 +70,8 @@ def require_memory(needed: int, device) -> None:
         )
 
 
-def _free(device) -> int | None:
-    """Bytes that are free on a device; None where nothing tells."""
+def free_memory(device) -> int | None:
+    """Bytes that are free on a device, or for a CPU in this machine; None where nothing tells."""
     if device.platform != "cpu":
         told = device.memory_stats() or {}
         limit = told.get("bytes_limit")

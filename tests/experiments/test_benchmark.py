@@ -11,7 +11,7 @@ import pytest
 
 import supermask_jax as sm
 from experiments import benchmark
-from experiments.bench import one_device, rows, torch_steps, train_step
+from experiments.bench import cost_model, growth, one_device, rows, torch_steps, train_step
 from experiments.config.sections import Model
 from experiments.run.errors import UserError
 from supermask_jax.trees import by_path
@@ -36,7 +36,7 @@ def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
     result = benchmark.main(benchmark.Config(rounds=2, batch_sizes=(BATCH,), output=str(file)))
 
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
-    assert result["about"].keys() == {"config", "device", "cores", "torch", "versions"}
+    assert result["about"].keys() == {"config", "device", "cores", "instructions", "torch", "versions"}
     check_rows(result["rows"])
     with_target = {(line["group"], line["name"]): line["target"] for line in result["rows"] if "target" in line}
     assert with_target["training step, batch 8", "edge-popup / dense"] == "<= 1.1"
@@ -50,6 +50,34 @@ def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
     }
     assert not any(line["name"].startswith("torch") for line in result["rows"])
     assert "torch not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_growth_measures_the_trees_that_fit_and_draws_them(monkeypatch, tmp_path):
+    trees = {"small": lambda: {"a": (64, 40), "b": (8, 8)}, "large": lambda: {"a": (2**40,)}}
+    monkeypatch.setattr(growth, "TREES", trees)
+    file = tmp_path / "growth.json"
+    result = benchmark.main(benchmark.Config(rounds=2, growth=True, output=str(file)))
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    assert [(of["tree"], of["devices"], of["scores"], "seconds" in of) for of in result["trees"]] == [
+        *(("small", devices, 64 * 40 + 64, True) for devices in (1, 8)),
+        *(("large", devices, 2**40, False) for devices in (1, 8)),
+    ]
+    check_rows(result["rows"])
+    assert len(result["trees"][0]["seconds"]) == 2 and len(result["rows"]) == 6
+    assert file.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "scores"), (("GPT-2 medium", 354e6), ("transformer of 1.3 billion", 1.31e9)))
+def test_the_transformers_of_growth_are_as_large_as_their_names_say(name, scores):
+    """Sizes published for GPT-2 medium (355 million, biases and norms among them) and GPT-3 XL (1.3 billion)."""
+    assert sum(map(math.prod, growth.TREES[name]().values())) == pytest.approx(scores, rel=0.01)
+
+
+def test_a_selection_on_a_pod_takes_less_time_the_more_chips_it_has_while_its_arrays_divide():
+    """No axis of the table of tokens divides over 4,096 chips, so that each of them holds it whole."""
+    times = [growth.on_pod("GPT-2 medium", chips) for chips in (8, 256, 4096)]
+    assert times[1] < times[0] < times[2]
 
 
 def test_the_bandwidth_of_accelerators_runs_here_too():

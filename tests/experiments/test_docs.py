@@ -164,12 +164,12 @@ def test_the_recipes_train_when_they_are_put_into_the_files_that_they_name(tmp_p
 
 def test_the_tables_of_the_documents_are_those_of_the_figures(tmp_path):
     before = doc_tables.Config()
-    for document in doc_tables.FIGURES_OF:
+    for document in doc_tables.DOCUMENTS:
         (tmp_path / document).parent.mkdir(exist_ok=True)
         text = (before.documents / document).read_text()
         assert len(markdown.MARKED.findall(text)) == text.count("<!-- table: ") >= 1, document
-        (tmp_path / document).write_text(markdown.MARKED.sub(r"\1\3", text))
+        (tmp_path / document).write_text(markdown.MARKED.sub(r"\1\4", text))
     doc_tables.main(doc_tables.Config(documents=tmp_path))
-    for document in doc_tables.FIGURES_OF:
+    for document in doc_tables.DOCUMENTS:
         same = (tmp_path / document).read_text() == (before.documents / document).read_text()
         assert same, f"{document}: run {doc_tables.PROG}"
