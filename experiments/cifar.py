@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.config import presets
 from experiments.config.flags import parser
-from experiments.config.presets import CIFAR, recipe
 from experiments.config.run import Run
 from experiments.config.sections import Data, Model
 from experiments.run import command_line
@@ -17,15 +17,15 @@ class Config(Run):
     """Find a subnetwork that recognises the objects of CIFAR-10, or train one by any method."""
 
     preset: Literal["quick", "paper", "zhou"] = "quick"
-    """The recipe: the defaults below are those of the --method given. quick: few epochs. paper: the published settings,
-    100 or 160 epochs. zhou: Zhou et al.'s settings of bernoulli, 2000 epochs of Conv4."""
-    model: Model = Model(model="resnet-20")
+    """The recipe: the defaults below are those of the --method and --model given. quick: few epochs. paper: the
+    published settings, 100 or 160 epochs. zhou: Zhou et al.'s settings of bernoulli, 2000 epochs of Conv4."""
+    model: Model = Model(model=presets.CIFAR_MODEL)
     data: Data = Data(dataset="cifar10")
 
 
-def defaults(preset: str = "quick", method: str = "edge-popup") -> dict:
-    """The settings of a preset for a method, as far as they differ from the fields' own defaults."""
-    return recipe(CIFAR, preset, method)
+def defaults(preset: str = "quick", method: str = "edge-popup", model: str = presets.CIFAR_MODEL) -> dict:
+    """The settings of a preset for a method and a model, as far as they differ from the fields' own defaults."""
+    return presets.cifar(preset, method, model)
 
 
 def main(config: Config) -> dict:

@@ -301,7 +301,11 @@ def _sizes(keys: list[jax.Array], places: list[_Place]) -> list[int]:
         for group in range(place.first, place.first + layers):
             sizes[group] = sizes.get(group, 0) + key.size // layers
     if max(sizes.values()) > INT32_MAX - 1:
-        raise ValueError("more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits")
+        raise ValueError(
+            "more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits. Rank each layer by "
+            "itself instead of all together; or divide the leaf: where a leading axis counts layers, say so with "
+            "sm.describe(..., axes={path: 'stack in out'}), and each of them is ranked by itself."
+        )
     return [sizes[group] for group in sorted(sizes)]
 
 

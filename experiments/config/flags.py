@@ -29,8 +29,8 @@ def parser(config_type: type, defaults: Callable[..., dict] = lambda: {}) -> Cal
 
     Args:
       config_type: a frozen dataclass of sections, with a method `check`.
-      defaults: (preset=..., method=...), as far as they are given as flags -> {flat name: value}, in place of the
-        fields' own defaults.
+      defaults: (preset=..., method=...), or more fields with a fixed set of values, as far as they are given as flags
+        -> {flat name: value}, in place of the fields' own defaults.
     """
     return partial(_parse, config_type, defaults)
 
@@ -43,7 +43,8 @@ def _parse(config_type: type, defaults: Callable[..., dict], prog: str, args: li
     """
     args = [_renamed(arg) for arg in args]
     chosen = _choices(config_type, args)
-    base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in ("preset", "method")}))
+    asked = inspect.signature(defaults).parameters
+    base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in asked}))
     # tyro breaks no description into lines, so that a terminal would, within words. It keeps breaks before an indent.
     columns, text = shutil.get_terminal_size().columns, inspect.getdoc(config_type) or ""
     describes = textwrap.fill(text, columns, subsequent_indent="  ")

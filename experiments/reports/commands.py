@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from experiments.config import tasks
-from experiments.config.presets import CIFAR, LOTTERY, MNIST, is_cifar, recipe
+from experiments.config.presets import CIFAR, CIFAR_MODEL, LOTTERY, MNIST, cifar, is_cifar, recipe
 from experiments.config.run import Run, named
 from experiments.config.settings import CHOICES, changed, flat, without_unread
 from experiments.config.tasks import ManyTasks
@@ -34,13 +34,11 @@ def without_flags(kind: Kind, settings: Mapping[str, Any]) -> tuple[str, Any]:
         return _command("many_tasks", preset, tasks.BEST), changed(ManyTasks(), **tasks.recipe(preset, str(method)))
     recipes, usual, name = (CIFAR, "quick", "cifar") if is_cifar(dataset) else (MNIST, "best", "mnist")
     preset = preset if (preset, method) in recipes else usual
-    config = changed(Run(), **recipe(recipes, preset, str(method)))
-    if name == "cifar":
-        config = changed(config, dataset="cifar10", **({} if "model" in recipes[preset, method] else CIFAR_MODEL))
+    if name == "mnist":
+        return _command(name, preset, usual), changed(Run(), **recipe(MNIST, preset, str(method)))
+    of_preset = cifar(preset, str(method), settings["model"])
+    config = changed(Run(), **{"dataset": "cifar10", "model": CIFAR_MODEL, **of_preset})
     return _command(name, preset, usual), config
-
-
-CIFAR_MODEL = {"model": "resnet-20"}  # of `experiments.cifar`, where a recipe names none
 
 
 def _command(name: str, preset: str, usual: str) -> str:

@@ -50,7 +50,8 @@ def cell(labels: Mapping[str, Any], method: str, **settings: Any) -> Cell:
     Raises:
       UserError: a setting is out of range, or nothing reads an option that is set.
     """
-    base = changed(Run(), **best_recipe(settings.get("dataset", "auto"), method), checkpoint_every=CHECKPOINT_EVERY)
+    asked = {name: settings.get(name, value) for name, value in (("dataset", "auto"), ("model", Run().model.model))}
+    base = changed(Run(), **best_recipe(method=method, **asked), checkpoint_every=CHECKPOINT_EVERY)
     config = changed(base, **settings)
     config.check()
     refuse_unread(config, base)

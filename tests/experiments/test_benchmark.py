@@ -11,7 +11,7 @@ import pytest
 
 import supermask_jax as sm
 from experiments import benchmark
-from experiments.bench import cost_model, growth, one_device, rows, torch_steps, train_step
+from experiments.bench import growth, one_device, rows, torch_steps, train_step
 from experiments.config.sections import Model
 from experiments.run.errors import UserError
 from supermask_jax.trees import by_path

@@ -20,6 +20,7 @@ from experiments import cifar
 from experiments.config.flags import parser
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import DataError
+from experiments.sweeps import cells
 from supermask_jax.models import zoo
 
 pytestmark = pytest.mark.usefixtures("quick_processes")
@@ -219,3 +220,14 @@ def test_streamed_from_disk_it_ends_as_it_does_in_memory(pictures, tmp_path):
     assert lines == expected_lines and summary | others == expected | others
     states = ({**part, "key": jax.random.key_data(part["key"])} for part in (state, expected_state))
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "rate"),
+    (("dense", "resnet-20", 0.1), ("dense", "conv2", 0.01), ("gradual", "conv6", 0.01), ("edge-popup", "conv2", 0.1)),
+)
+def test_weights_of_networks_without_batchnorm_learn_at_a_lower_rate_on_cifar(method, model, rate):
+    """At the rate of ResNets, Conv2 falls to 10 %."""
+    assert cells.cell({}, method, dataset="cifar10", model=model).config.optim.learning_rate == rate
+    parsed = parser(cifar.Config, cifar.defaults)("x", ["--method", method, "--model", model])
+    assert parsed.optim.learning_rate == rate

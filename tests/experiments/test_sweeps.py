@@ -555,7 +555,7 @@ def test_pruning_only_from_end_to_end(tmp_path, monkeypatch):
 
 def parsed(command, *flags):
     module = COMMANDS[command]
-    return parser(module.Config, getattr(module, "defaults", dict))("x", list(flags))
+    return parser(module.Config, getattr(module, "defaults", lambda: {}))("x", list(flags))
 
 
 @pytest.mark.parametrize(

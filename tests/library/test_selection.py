@@ -180,8 +180,17 @@ def test_a_ranking_is_refused_exactly_when_its_flat_index_does_not_fit_in_32_bit
 
     assert ranked(2**31 - 2)["0"].shape == (2**31 - 2,)
     for sizes in ((2**31 - 1,), (2**30, 2**30)):
-        with pytest.raises(ValueError, match=r"more than 2\*\*31 - 2 scores in one ranking"):
+        with pytest.raises(ValueError, match=r"more than 2\*\*31 - 2 scores in one ranking.*'stack in out'"):
             ranked(*sizes)
+
+
+def test_a_leaf_of_more_than_2_to_the_31_scores_is_ranked_layer_by_layer_as_the_error_advises():
+    leaf = jax.ShapeDtypeStruct((48, 8192, 8192), jnp.float32)  # 3.2 thousand million
+    layout = sm.describe(None, {"w": leaf}, axes={"w": "stack in out"})
+    masks = jax.eval_shape(lambda s: sm.edge_popup(0.5, layout)(s, None), {"w": leaf})
+    assert leaf.size > 2**31 and masks["w"].shape == leaf.shape
+    with pytest.raises(ValueError, match=r"more than 2\*\*31 - 2 scores in one ranking"):
+        jax.eval_shape(lambda s: sm.edge_popup(0.5)(s, None), {"w": leaf})
 
 
 def test_global_masks_within_masks_choose_from_them_and_count_out_of_all():
