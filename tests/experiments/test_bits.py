@@ -174,9 +174,15 @@ def test_the_smallest_file_that_reaches_an_accuracy_is_shown(capsys):
 def test_every_method_of_the_command_line_has_cells():
     shared = {**flat(bits.Config().model), "epochs": 1}
     grid = sweep.grid(tuple(METHODS), (0.3, 0.7), ("uniform", "erk"), 2, shared)
+    small = sweep.grid(("edge-popup",), (0.05,), ("uniform", "erk"), 1, shared)
+    small += sweep.grid(("edge-popup",), (0.7,), ("erk",), 1, shared)
     assert {cell.config.masks.method for cell in grid} == set(METHODS)
     of_edge_popup = [cell for cell in grid if cell.config.masks.method == "edge-popup"]
-    assert len(of_edge_popup) == 2 * 2 * 2 and all(cell.config.init.scale_weights for cell in of_edge_popup)
+    inits = [(cell.config.masks.distribution, cell.config.init) for cell in of_edge_popup]
+    assert len(inits) == 2 * 2 * 2 and all(init.scale_weights != init.scale_layers for _, init in inits)
+    assert all(init.scale_layers == (distribution == "erk") for distribution, init in inits)
+    rates = {(cell.config.masks.distribution, cell.labels["asked"]): cell.config.optim.learning_rate for cell in small}
+    assert rates == {("uniform", 0.05): 0.01, ("erk", 0.05): 0.05, ("erk", 0.7): 0.1}
     assert len([cell for cell in grid if cell.labels["family"] == "dense"]) == 2
 
 
