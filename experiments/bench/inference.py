@@ -37,6 +37,7 @@ DENSITIES = (0.5, 0.1, 0.02, 0.005)
 CALLS = {1: 100, 256: 2}
 """{images of a batch: calls in a turn}: the first call of a turn finds the caches full of another candidate's data."""
 EPOCHS, BATCH_SIZE = 10, 64
+RATES = {"lenet-300-100": 1.0, "convnet": 0.2}  # of edge-popup, for each unit of density, and at most 0.1
 OTHERS = ("compacted", "sparse", "onnxruntime", "sparselab")
 RATIOS = tuple((name, "dense", None, None) for name in OTHERS)
 
@@ -74,7 +75,7 @@ def measure(rounds: int, status: Callable) -> dict:
 
 
 def train(name: str, method: str, density: float, dataset: Dataset, epochs: int) -> Trained:
-    """A network trained by edge-popup (the same density in each layer) or gradual magnitude pruning (over all layers).
+    """A network trained by edge-popup (ERK) or gradual magnitude pruning (over all layers).
 
     Args:
       name: of `NETWORKS`.
@@ -86,13 +87,16 @@ def train(name: str, method: str, density: float, dataset: Dataset, epochs: int)
     k_weights, k_scores, k_train, k_order = jax.random.split(jax.random.key(0), 4)
     scores_learn = method == "edge-popup"
     init = Init("signed-constant" if scores_learn else "kaiming-normal")
-    net = network(Model(name), init, dataset.classes, dataset.image_shape, density if scores_learn else None)
+    net = network(Model(name), init, dataset.classes, dataset.image_shape)
+    densities = sm.densities.erk(net.prunable, density)
+    if scores_learn:  # as `experiments.bits` does: each layer's weights are scaled by its own density
+        net = network(Model(name), init, dataset.classes, dataset.image_shape, densities)
     weights, _ = net.init(k_weights)
     orders = [epoch_order(k_order, epoch, len(dataset.train), BATCH_SIZE) for epoch in range(epochs)]
     steps = sum(len(indices) for indices, _ in orders)
     if scores_learn:
-        tx = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
-        chosen = sm.methods.edge_popup(k_scores, weights, density)
+        tx = optax.sgd(optax.cosine_decay_schedule(min(RATES[name] * density, 0.1), steps), momentum=0.9)
+        chosen = sm.methods.edge_popup(k_scores, weights, densities)
     else:
         tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
         chosen = sm.methods.gradual(weights, tx, density, steps=steps, every=10)

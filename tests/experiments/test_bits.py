@@ -176,6 +176,7 @@ def test_every_method_of_the_command_line_has_cells():
     grid = sweep.grid(tuple(METHODS), (0.3, 0.7), ("uniform", "erk"), 2, shared)
     small = sweep.grid(("edge-popup",), (0.05,), ("uniform", "erk"), 1, shared)
     small += sweep.grid(("edge-popup",), (0.7,), ("erk",), 1, shared)
+    (conv,) = sweep.grid(("edge-popup",), (0.05,), ("erk",), 1, {**shared, "model": "conv2"})
     assert {cell.config.masks.method for cell in grid} == set(METHODS)
     of_edge_popup = [cell for cell in grid if cell.config.masks.method == "edge-popup"]
     inits = [(cell.config.masks.distribution, cell.config.init) for cell in of_edge_popup]
@@ -183,6 +184,7 @@ def test_every_method_of_the_command_line_has_cells():
     assert all(init.scale_layers == (distribution == "erk") for distribution, init in inits)
     rates = {(cell.config.masks.distribution, cell.labels["asked"]): cell.config.optim.learning_rate for cell in small}
     assert rates == {("uniform", 0.05): 0.01, ("erk", 0.05): 0.05, ("erk", 0.7): 0.1}
+    assert conv.config.init.scale_layers and conv.config.optim.learning_rate == 0.01
     assert len([cell for cell in grid if cell.labels["family"] == "dense"]) == 2
 
 
