@@ -29,9 +29,9 @@ from supermask_jax.trees import map_with_name
 MASKS_ONLY = "seed and masks"  # what a file of frozen weights holds
 OWN_DTYPE = "float32"  # of trained weights, and so of the file that a run leaves
 ACCURACIES = (0.9, 0.95, 0.97, 0.98, 0.985)  # the smallest file that reaches each is shown
-# The learning rate of edge-popup for each unit of density, chosen on held-out images, and the highest. Five times as much
-# is better where there is no convolution and each layer's weights are scaled by its own density; with convolutions, or
-# where all layers are scaled alike, it leaves Conv2 at 10 % and the convnet at 2 % little better than chance.
+# The learning rate of edge-popup for each unit of density, chosen on held-out images, and the highest. Five times as
+# much is better where there is no convolution and each layer's weights are scaled by its own density; with
+# convolutions it leaves Conv2 at 10 % little better than chance.
 RATE, RATE_OF_DENSE_LAYERS, HIGHEST_RATE = 0.2, 1.0, 0.1
 DENSE_LAYERS = ("lenet-300-100", "mlp")  # networks without a convolution
 SMALL_DEPTH = 2  # hidden layers
