@@ -109,7 +109,6 @@ def main(config: Config) -> dict:
         measured = table.measure(config.kills, config.soak_seconds, console.status)
     elif config.growth:
         measured = growth.measure(config.rounds, console.status)
-        style.save(plots.growth(measured), file.with_suffix(".png"))
     elif config.inference:
         measured = inference.measure(config.rounds, console.status)
         print(inference.results_table(measured))
@@ -120,6 +119,8 @@ def main(config: Config) -> dict:
     result = {"about": about, **measured}
     rows.show(console, result)
     files.write_json(file, result)
+    if config.growth:
+        style.save(plots.growth(measured), file.with_suffix(".png"))
     return result
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.config.flags import parser
 from experiments.run import command_line
 from experiments.run.errors import UserError
+from experiments.run.markdown import MARKED, with_tables
 
 PROG = "python -m experiments.doc_tables"
 ROOT = Path(__file__).parent.parent
@@ -25,22 +26,32 @@ class Config:
     """The directory with the documents whose tables are replaced."""
 
     def check(self) -> None:
-        """Raises UserError where a document is missing."""
+        """Raises UserError where a document, or the figures of one of its tables, is missing."""
         for document in DOCUMENTS:
-            if not (self.documents / document).is_file():
-                raise UserError(f"there is no file {self.documents / document}.")
+            file = self.documents / document
+            named = {match[3] for match in MARKED.finditer(file.read_text())} if file.is_file() else ()
+            for needed in (file, *(self.figures / name for name in named)):
+                if not needed.is_file():
+                    raise UserError(f"there is no file {needed}, which the tables of {document} need.")
 
 
 def main(config: Config) -> None:
-    """Replaces the tables and leaves the rest of the documents as it is."""
+    """Replaces the tables and leaves the rest of the documents as it is. None is written before all are made."""
     from experiments.bench import inference, tables  # here, so that --help answers at once
     from experiments.reports import bits
-    from experiments.run import files, markdown
+    from experiments.run import files
 
     makers = {**tables.TABLES, "inference": inference.results_table, **bits.TABLES}
-    for document in DOCUMENTS:
-        file = config.documents / document
-        text = markdown.with_tables(file.read_text(), makers, lambda name: files.read_json(config.figures / name))
+
+    def made(document: str) -> str:
+        text = (config.documents / document).read_text()
+        try:
+            return with_tables(text, makers, lambda name: files.read_json(config.figures / name))
+        except KeyError as error:
+            raise UserError(f"a table of {document}, or what its figures must have, is missing: {error}.") from error
+
+    texts = {config.documents / document: made(document) for document in DOCUMENTS}
+    for file, text in texts.items():
         files.write_text(file, text)
 
 

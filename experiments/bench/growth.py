@@ -5,30 +5,28 @@ eight fake ones. Of real pods there is the cost model's time only.
 """
 
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
 from experiments.bench.cost_model import CHIPS, FLOAT, Network, cost_model
-from experiments.bench.networks import describe, split_layers
-from experiments.bench.one_device import RSS_UNIT
+from experiments.bench.networks import describe, shardings_of, split_layers
+from experiments.bench.one_device import peak_memory
 from experiments.bench.rows import interleaved, row
 from experiments.bench.scaling import in_child
-from experiments.run.surroundings import free_memory
+from experiments.bench.tables import CHIP, CHIPS_IN_ALL
+from experiments.run.surroundings import free_on
 from supermask_jax import parallel
 
 DENSITY = 0.5
 DEVICES = (1, 8)
-CHIP, POD = "TPU v5p", (8, 256, 4096)
-PASSES = 12  # that the cost model counts: more than any of these trees needed on uniform scores
+PASSES = 32  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
 # Bytes of a score that a process needs at most: scores, masks, keys, and flat indices where equal scores straddle the
-# cut. A tree that does not fit is left out, and the table says so.
+# cut. A tree that does not fit is left out, and the figures say so.
 NEEDED = 5 * FLOAT
 
 
@@ -61,20 +59,26 @@ def measure(rounds: int, status: Callable) -> dict[str, Any]:
       status: shows what is being measured, as a context manager.
 
     Returns:
-      "rows": the table. "trees": of each tree and number of devices "tree", "devices", "scores", "arrays" and, where it
-      fits, "seconds", "compile_seconds" and "peak_bytes". "pod": {tree: {chips: the cost model's seconds}}.
+      "rows": the table. "trees": of each tree and number of devices "tree", "devices", "scores", "arrays" and either
+      "seconds", "compile_seconds" and "peak_bytes", or "left_out", the reason. "pod": {tree: {chips: the cost model's
+      seconds}}.
     """
-    free, trees = free_memory(jax.devices("cpu")[0]) or math.inf, []
+    free, trees = free_on(jax.devices("cpu")[0]), []
     for name, shapes in TREES.items():
         tree = shapes()
         sizes = [math.prod(shape) for shape in tree.values()]
         for devices in DEVICES:
             of = {"tree": name, "devices": devices, "scores": sum(sizes), "arrays": len(sizes)}
-            if sum(sizes) * NEEDED < free:
+            if free is None or sum(sizes) * NEEDED > free:
+                of["left_out"] = "it may need more memory than is free, or nothing tells how much is free"
+            else:
                 with status(f"selection of {name}, {devices} device{'s' * (devices > 1)}"):
-                    of |= in_child(devices, time_tree, [(tree, rounds)])[0]
+                    try:
+                        of |= in_child(devices, time_tree, [(tree, rounds)])[0]
+                    except RuntimeError as error:  # the others are not lost with it
+                        of["left_out"] = str(error)
             trees.append(of)
-    pod = {name: {str(chips): on_pod(name, chips) for chips in POD} for name in TREES}
+    pod = {name: {str(chips): on_pod(name, chips) for chips in CHIPS_IN_ALL} for name in TREES}
     return {"rows": rows(trees), "trees": trees, "pod": pod}
 
 
@@ -100,21 +104,18 @@ def time_tree(shapes: Mapping[str, Sequence[int]], rounds: int) -> dict[str, Any
       shapes: {path: shape} of its scores.
       rounds: times that it is measured.
     """
-    weights = {path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for path, shape in shapes.items()}
-    state = sm.TrainState(None, sm.Subnet(weights, weights), None, None, None)
-    shardings = parallel.state_shardings(parallel.mesh(), state, shard_scores=True).subnet.scores
-    scores = {path: _uniform(leaf.shape, shardings[path], at) for at, (path, leaf) in enumerate(weights.items())}
+    shardings = shardings_of(parallel.mesh(), shapes)
+    scores = {path: _uniform(tuple(shapes[path]), shardings[path], at) for at, path in enumerate(shapes)}
     select = sm.jit(lambda scores: sm.edge_popup(DENSITY)(scores, None), out_shardings=shardings)
     began = time.perf_counter()
     compiled = select.lower(scores).compile()
     compile_seconds = time.perf_counter() - began
     seconds = interleaved({"selection": lambda: compiled(scores)}, rounds)["selection"].tolist()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    return {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak}
+    return {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak_memory()}
 
 
 def _uniform(shape: tuple[int, ...], sharding: jax.sharding.Sharding, seed: int) -> jax.Array:
-    """Scores as at the start of training, drawn by NumPy in parts: the memory of a selection is to be the peak."""
+    """Uniform scores, drawn by NumPy in parts: the memory of a selection is to be the peak."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         own = tuple(len(range(*at.indices(size))) for at, size in zip(index, shape, strict=True))

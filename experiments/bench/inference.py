@@ -5,8 +5,9 @@ The networks are trained for a few epochs on 4,000 digits, so that masks are tho
 candidate multiplies by the masks: that is done once, before.
 """
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax.experimental import sparse
 import supermask_jax as sm
 from experiments.bench import child, runtimes
 from experiments.bench.rows import compared, cores, interleaved, row
+from experiments.config.presets import edge_popup_rate
 from experiments.config.sections import Init, Model
 from experiments.data.augment import normalise
 from experiments.data.batches import epoch_order
@@ -37,7 +39,6 @@ DENSITIES = (0.5, 0.1, 0.02, 0.005)
 CALLS = {1: 100, 256: 2}
 """{images of a batch: calls in a turn}: the first call of a turn finds the caches full of another candidate's data."""
 EPOCHS, BATCH_SIZE = 10, 64
-RATES = {"lenet-300-100": 1.0, "convnet": 0.2}  # of edge-popup, for each unit of density, and at most 0.1
 OTHERS = ("compacted", "sparse", "onnxruntime", "sparselab")
 RATIOS = tuple((name, "dense", None, None) for name in OTHERS)
 
@@ -88,14 +89,14 @@ def train(name: str, method: str, density: float, dataset: Dataset, epochs: int)
     scores_learn = method == "edge-popup"
     init = Init("signed-constant" if scores_learn else "kaiming-normal")
     net = network(Model(name), init, dataset.classes, dataset.image_shape)
-    densities = sm.densities.erk(net.prunable, density)
     if scores_learn:  # as `experiments.bits` does: each layer's weights are scaled by its own density
+        densities = sm.densities.erk(net.prunable, density)
         net = network(Model(name), init, dataset.classes, dataset.image_shape, densities)
     weights, _ = net.init(k_weights)
     orders = [epoch_order(k_order, epoch, len(dataset.train), BATCH_SIZE) for epoch in range(epochs)]
     steps = sum(len(indices) for indices, _ in orders)
     if scores_learn:
-        tx = optax.sgd(optax.cosine_decay_schedule(min(RATES[name] * density, 0.1), steps), momentum=0.9)
+        tx = optax.sgd(optax.cosine_decay_schedule(edge_popup_rate(name, density, by_layer=True), steps), momentum=0.9)
         chosen = sm.methods.edge_popup(k_scores, weights, densities)
     else:
         tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
@@ -143,7 +144,7 @@ def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) ->
     for batch, times in CALLS.items():
         x = np.resize(images, (batch, *images.shape[1:]))
         calls = {name: partial(repeated, f, of, jnp.asarray(x), times) for name, (f, of) in ours.items()}
-        with child.candidates(runtimes.make_calls, times, **_for_runtimes(trained, params, dataset, x)) as theirs:
+        with _other_runtimes(times, trained, params, dataset, x) as theirs:
             seconds = {name: of / times for name, of in interleaved({**calls, **theirs}, rounds).items()}
         rows += compared(f"{group}, batch {batch}", seconds, RATIOS)
     sizes = [sum(map(np.prod, shapes.values())) for shapes in (small.before, small.after)]
@@ -161,6 +162,16 @@ def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) ->
 
 def _all_dense(params: Tree) -> bool:
     return all(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(params))
+
+
+@contextlib.contextmanager
+def _other_runtimes(times: int, trained: Trained, params: Tree, dataset: Dataset, x: np.ndarray) -> Iterator[dict]:
+    """The candidates of other libraries, as far as they are installed."""
+    if not runtimes.installed():
+        yield {}
+        return
+    with child.candidates(runtimes.make_calls, times, **_for_runtimes(trained, params, dataset, x)) as theirs:
+        yield theirs
 
 
 def _for_runtimes(trained: Trained, params: Tree, dataset: Dataset, images: np.ndarray) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The networks whose steps are counted and timed on several devices, and what the formulae need to know of them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,10 +53,14 @@ def describe_module(model: nn.Module, image: tuple[int, int, int]) -> Network:
     )
 
 
+def shardings_of(mesh: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, jax.sharding.Sharding]:
+    """{path: how `parallel.state_shardings` splits scores of this shape}."""
+    weights = {path: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for path, shape in shapes.items()}
+    state = sm.TrainState(None, sm.Subnet(weights, weights), None, None, None)
+    return parallel.state_shardings(mesh, state, shard_scores=True).subnet.scores
+
+
 def split_layers(shapes: Mapping[str, tuple[int, ...]], devices: int) -> set[str]:
     """Paths of the layers that `parallel.state_shardings` splits over so many devices. The devices need not exist."""
     mesh = jax.sharding.AbstractMesh((devices,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    weights = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    state = sm.TrainState(None, sm.Subnet(weights, weights), None, None, None)
-    layout = parallel.state_shardings(mesh, state, shard_scores=True).subnet.scores
-    return {path for path, sharding in layout.items() if not sharding.is_fully_replicated}
+    return {path for path, sharding in shardings_of(mesh, shapes).items() if not sharding.is_fully_replicated}

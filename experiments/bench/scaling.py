@@ -36,7 +36,8 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
       flags: more XLA flags for the process.
 
     Raises:
-      RuntimeError: the process failed; the end of what it printed is in the message.
+      RuntimeError: the process failed, or took longer than `CHILD_SECONDS`; the end of what it printed is in the
+        message.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -47,7 +48,10 @@ def in_child(devices: int, task: Callable, calls: Iterable[tuple], flags: str = 
     code = f"import json, sys; from {task.__module__} import {task.__name__} as task"
     code += "; print(json.dumps([task(*arguments) for arguments in json.loads(sys.argv[1])]))"
     command = [sys.executable, "-c", code, json.dumps(list(calls))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{task.__name__} on {devices} fake devices took over {CHILD_SECONDS} seconds") from error
     if done.returncode:
         raise RuntimeError(f"{task.__name__} on {devices} fake devices failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -29,8 +29,8 @@ def parser(config_type: type, defaults: Callable[..., dict] = lambda: {}) -> Cal
 
     Args:
       config_type: a frozen dataclass of sections, with a method `check`.
-      defaults: (preset=..., method=...), or more fields with a fixed set of values, as far as they are given as flags
-        -> {flat name: value}, in place of the fields' own defaults.
+      defaults: from a choice of the user (its parameters: preset, method, model, as far as it has them) to {flat name:
+        value}, the values in place of the fields' own defaults. What the user does not choose, it is not given.
     """
     return partial(_parse, config_type, defaults)
 

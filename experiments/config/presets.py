@@ -198,6 +198,24 @@ def cifar(preset: str, method: str, model: str) -> dict:
     return settings
 
 
+DENSE_LAYERS = ("lenet-300-100", "mlp")  # networks without a convolution
+
+
+def edge_popup_rate(model: str, density: float, by_layer: bool) -> float:
+    """The learning rate of edge-popup for scaled weights; the recipes' own was chosen at a half of the weights.
+
+    A fifth of the density; the density itself where there is no convolution and each layer's weights are scaled by its
+    own density. At most 0.1. docs/results/bits.md has the runs. With convolutions, the higher rate leaves Conv2 at 10 %
+    of its weights little better than chance.
+
+    Args:
+      model: the network's name.
+      density: fraction kept, in (0, 1].
+      by_layer: each layer's weights are scaled by its own density, and not all by that of the network.
+    """
+    return round(min(density * (1.0 if by_layer and model in DENSE_LAYERS else 0.2), 0.1), 6)
+
+
 def recipe(recipes: Recipes, preset: str, method: str) -> dict:
     """The settings of a preset for a method, as far as they differ from the fields' own defaults.
 

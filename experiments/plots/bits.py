@@ -8,6 +8,7 @@ import numpy as np
 from experiments.plots.lines import ACCURACY_LABEL, MINIMUM_RATIO, as_drawn, counted, seeds_note
 from experiments.plots.style import COLOURS, GREY, MARKERS, log_axis, new_figure, style_axes
 
+MASKS_ONLY = "seed and masks"  # what a file of frozen weights holds
 STROKES = {"float32": "-", "int8": "--", "int4": ":"}  # of files with weights
 MEANS = ("density", "file_bytes", "test_accuracy")  # what a point has the means of
 TICKS = [m * 10**power for power in range(2, 10) for m in (1, 2, 5)]  # bytes

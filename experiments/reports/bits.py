@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.plots.bits import MASKS_ONLY
 from experiments.run import markdown
 
-STORED = ("int4", "int8", "float32")  # the order of the columns
-MASKS_ONLY = "seed and masks"
+STORED = (MASKS_ONLY, "float32", "int8", "int4")  # the order of the columns
 
 
 def by_density(summary: Mapping[str, Any]) -> str:
@@ -26,14 +26,12 @@ def others(summary: Mapping[str, Any]) -> str:
         if point["asked"] == 1:
             networks.setdefault((point["family"], point["network"]), {})[point["stored"]] = point
     columns = [name for name in STORED if any(name in found for found in networks.values())]
-    only_masks = any(MASKS_ONLY in found for found in networks.values())
     rows = []
     for (family, network), found in networks.items():
         kept = next(iter(found.values()))["density"]
-        cells = [found.get(name) or (found.get(MASKS_ONLY) if name == columns[0] else None) for name in columns]
-        rows.append((family, network, f"{100 * kept:.3g} %", *(_cell(point) if point else "" for point in cells)))
-    first = f"{columns[0]}, or {MASKS_ONLY}" if only_masks else columns[0]
-    return markdown.table(("Method", "Network", "Kept", first, *columns[1:]), rows)
+        cells = [_cell(found[name]) if name in found else "" for name in columns]
+        rows.append((family, network, f"{100 * kept:.3g} %", *cells))
+    return markdown.table(("Method", "Network", "Kept", *columns), rows)
 
 
 def _cell(point: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def require_memory(needed: int, device) -> None:
       needed: bytes, beside what is held already.
       device: the `jax.Device` that it runs on.
     """
-    free = free_memory(device)
+    free = free_on(device)
     if free is not None and needed > free:
         raise UserError(
             f"a training step needs {needed / 1e9:.1f} GB of memory beside what is held already, and {free / 1e9:.1f} "
@@ -70,7 +70,7 @@ def require_memory(needed: int, device) -> None:
         )
 
 
-def free_memory(device) -> int | None:
+def free_on(device) -> int | None:
     """Bytes that are free on a device, or for a CPU in this machine; None where nothing tells."""
     if device.platform != "cpu":
         told = device.memory_stats() or {}

@@ -13,10 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import supermask_jax as sm
+from experiments.config.presets import edge_popup_rate
 from experiments.config.registry import METHODS
 from experiments.config.run import named
 from experiments.config.sections import Init, Model
 from experiments.data.source import Dataset
+from experiments.plots.bits import MASKS_ONLY
 from experiments.run.display import show_warning
 from experiments.run.errors import UserError
 from experiments.sweeps import cells
@@ -26,14 +28,8 @@ from experiments.training.network import network
 from supermask_jax import artifact
 from supermask_jax.trees import map_with_name
 
-MASKS_ONLY = "seed and masks"  # what a file of frozen weights holds
 OWN_DTYPE = "float32"  # of trained weights, and so of the file that a run leaves
 ACCURACIES = (0.9, 0.95, 0.97, 0.98, 0.985)  # the smallest file that reaches each is shown
-# The learning rate of edge-popup for each unit of density, chosen on held-out images, and the highest. Five times as
-# much is better where there is no convolution and each layer's weights are scaled by its own density; with
-# convolutions it leaves Conv2 at 10 % little better than chance.
-RATE, RATE_OF_DENSE_LAYERS, HIGHEST_RATE = 0.2, 1.0, 0.1
-DENSE_LAYERS = ("lenet-300-100", "mlp")  # networks without a convolution
 SMALL_DEPTH = 2  # hidden layers
 FIGURES = ("test_accuracy", "test_loss")  # of a run, in its file
 LABELS = ("family", "network", "asked")  # of a cell
@@ -90,8 +86,8 @@ def _recipe(method: str, model: str, density: float, distribution: str = "unifor
     if method != "edge-popup":
         return {}
     layers = distribution != "uniform"
-    rate = min(density * (RATE_OF_DENSE_LAYERS if layers and model in DENSE_LAYERS else RATE), HIGHEST_RATE)
-    return {"scale_layers" if layers else "scale_weights": True, "learning_rate": round(rate, 6)}
+    rate = edge_popup_rate(model, density, layers)
+    return {"scale_layers" if layers else "scale_weights": True, "learning_rate": rate}
 
 
 def small(models: Sequence[str], widths: Sequence[int], seeds: int, settings: Mapping[str, Any]) -> list[Cell]:

@@ -14,8 +14,11 @@ import pytest
 
 import supermask_jax as sm
 from experiments import doc_tables
+from experiments.bench import tables
 from experiments.config.sections import Masks
+from experiments.reports import bits
 from experiments.run import markdown
+from experiments.run.errors import UserError
 from experiments.training.methods import Setup
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +176,72 @@ def test_the_tables_of_the_documents_are_those_of_the_figures(tmp_path):
     for document in doc_tables.DOCUMENTS:
         same = (tmp_path / document).read_text() == (before.documents / document).read_text()
         assert same, f"{document}: run {doc_tables.PROG}"
+
+
+def test_figures_or_tables_that_are_missing_are_named_and_nothing_is_written(tmp_path):
+    for document in doc_tables.DOCUMENTS:
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        (tmp_path / document).write_text("<!-- table: faults from faults.json -->\n<!-- end -->\n")
+    last = tmp_path / doc_tables.DOCUMENTS[-1]
+    config = doc_tables.Config(documents=tmp_path)
+    config.check()
+    last.write_text("<!-- table: taxes from faults.json -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match=f"a table of {doc_tables.DOCUMENTS[-1]}.*'taxes'"):
+        doc_tables.main(config)
+    assert (tmp_path / doc_tables.DOCUMENTS[0]).read_text().count("\n") == 2
+    last.write_text("<!-- table: faults from nothing.json -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match=r"there is no file .*nothing\.json"):
+        config.check()
+
+
+def test_the_tables_of_speed_and_of_bits():
+    lines = [
+        {"group": "training step, batch 8", "name": "edge-popup", "unit": "ms", "median": 12.0},
+        {"group": "training step, batch 8", "name": "dense", "unit": "ms", "median": 10.0},
+        {
+            **{"group": "training step, batch 8", "name": "edge-popup / dense", "unit": "x", "median": 1.2},
+            **{"target": "<= 1.1", "met": False},
+        },
+        {"group": "resnet, batch 128", "name": "dense", "unit": "ms", "median": 900.0},
+        {"group": "resnet, batch 128", "name": "compiling, edge-popup", "unit": "s", "median": 3.0},
+        {"group": "resnet, batch 128", "name": "compiling, dense", "unit": "s", "median": 2.0},
+        {"group": "resnet, batch 128", "name": "compiling, edge-popup / dense", "unit": "x", "median": 1.5},
+        *(
+            {"group": f"selection, net, tied, {d}", "name": "selection / numpy.partition", "unit": "x", "median": 2 + d}
+            for d in (0.3, 0.5)
+        ),
+    ]
+    steps = tables.steps_table({"rows": lines}).splitlines()
+    assert steps[0] == "| ratio | batch 8 | resnet |"
+    assert steps[2:] == [
+        "| edge-popup / dense | 1.20 x (12.0 / 10.0 ms); <= 1.1 missed |  |",
+        "| compiling, edge-popup / dense |  | 1.50 x (3.00 / 2.00 s) |",
+    ]
+    selection = tables.partition_table({"rows": lines}).splitlines()
+    assert (selection[0], selection[2]) == (
+        "| scores | density 0.3 | density 0.5 |",
+        "| net, tied | 2.3 x | 2.5 x |",
+    )
+
+    def point(line, stored, asked, accuracy, size, front=False, seeds=1, **more):
+        own = {"family": line.partition(",")[0], "network": "net", "density": asked, "seeds": seeds}
+        own |= {"lowest": accuracy - 0.01, "highest": accuracy + 0.01, "test_accuracy": accuracy, "file_bytes": size}
+        return {"line": line, "stored": stored, "asked": asked, "front": front, **own, **more}
+
+    points = [
+        point("masks", "seed and masks", 0.1, 0.97, 1234.0, front=True, seeds=2),
+        point("pruned, int8", "int8", 0.1, 0.98, 4321.0),
+        point("dense, int8", "int8", 1.0, 0.99, 9999.0),
+        point("learnt", "seed and masks", 1.0, 0.9, 1000.0, density=0.4),
+    ]
+    assert bits.by_density({"points": points}).splitlines()[::2] == [
+        "| Kept | masks | pruned, int8 |",
+        "| 10 % | **97.00 (96.00 to 98.00), 1,234** | 98.00, 4,321 |",
+    ]
+    assert bits.others({"points": points}).splitlines() == [
+        "| Method | Network | Kept | seed and masks | int8 |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense | net | 100 % |  | 99.00, 9,999 |",
+        "| learnt | net | 40 % | 90.00, 1,000 |  |",
+    ]
+    assert bits.others({"points": points[:2]}).count("\n") == 2

@@ -37,12 +37,19 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
     assert "| lenet-300-100 | gradual | 0.03 |" in table and "sparse, batch 4 |" in table
 
 
-@pytest.mark.parametrize(("name", "needs"), (("onnxruntime", "onnx"), ("sparselab", "torch")))
-def test_other_libraries_classify_as_ours(name, needs):
+@pytest.mark.parametrize(
+    ("name", "needs", "model"),
+    (
+        ("onnxruntime", "onnx", "lenet-300-100"),
+        ("onnxruntime", "onnx", "convnet"),
+        ("sparselab", "torch", "lenet-300-100"),
+    ),
+)
+def test_other_libraries_classify_as_ours(name, needs, model):
     """From a process of their own, where they are installed."""
     pytest.importorskip(needs), pytest.importorskip(name)
     digits = mnist_5k()
-    trained = inference.train("lenet-300-100", "gradual", 0.1, digits, epochs=1)
+    trained = inference.train(model, "gradual", 0.1, digits, epochs=1)
     params = inference.apply_masks(trained.weights, trained.masks)
     images = np.asarray(inference.normalise(digits.test.read(np.arange(3))["image"], digits.mean, digits.std))
     with child.candidates(
@@ -54,7 +61,14 @@ def test_other_libraries_classify_as_ours(name, needs):
 
 def test_a_call_in_the_other_process_does_so_many():
     with child.candidates(calls_for_test, times=3, start=10) as found:
-        assert set(found) == {"add"} and found["add"]() == 13 and found["add"](times=5) == 18
+        assert set(found) == {"add", "fail"} and found["add"]() == 13 and found["add"]() == 16
+
+
+def test_a_process_that_ends_says_so():
+    with child.candidates(calls_for_test, times=3, start=10) as found, pytest.raises(RuntimeError, match="has ended"):
+        found["fail"]()
+    with pytest.raises(RuntimeError, match="has ended"), child.candidates(calls_for_test, times=3, unknown=1):
+        pass
 
 
 def calls_for_test(start):
@@ -65,7 +79,10 @@ def calls_for_test(start):
         total += times
         return total
 
-    return {"add": add}
+    def fail(times):
+        raise SystemExit(3)
+
+    return {"add": add, "fail": fail}
 
 
 @pytest.mark.slow
