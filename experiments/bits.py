@@ -73,7 +73,7 @@ def main(config: Config) -> dict:
     from experiments.sweeps import bits, cells
 
     dataset = cells.open_data(config.data)
-    shared = {**flat(config.model), **flat(config.data), "epochs": config.epochs}
+    shared = {**cells.of_model(config.model), **flat(config.data), "epochs": config.epochs}
     grid = bits.grid(config.methods, config.densities, config.distributions, config.seeds, shared)
     if "dense" in config.methods:
         grid += bits.small(config.small, config.widths, config.seeds, shared)

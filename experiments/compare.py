@@ -58,7 +58,7 @@ def main(config: Config) -> dict:
 
     dataset = cells.open_data(config.data)
     others = open_others(config.evaluation, config.data, dataset)
-    shared = {**flat(config.model), **flat(config.evaluation), **flat(config.data), "epochs": config.epochs}
+    shared = {**cells.of_model(config.model), **flat(config.evaluation), **flat(config.data), "epochs": config.epochs}
     grid = comparison.grid(config.methods, config.densities, config.seeds, shared)
     path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, others)
     style.save(sweeps.comparison(summary), path / "compare.png")

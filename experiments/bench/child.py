@@ -15,15 +15,19 @@ Calls = Mapping[str, Callable[[int], Any]]
 
 
 @contextlib.contextmanager
-def candidates(make: Callable[..., Calls], times: int, **arguments) -> Iterator[dict[str, Callable[..., Any]]]:
+def candidates(make: Callable[..., Calls], times: int, **arguments) -> Iterator[dict[str, Callable[[], Any]]]:
     """{name: call} of what `make` makes in the other process, which ends with the context.
 
-    A call returns the result of the last of `times` calls; call(times=n) does n instead.
+    A call does the work `times` times, and returns the last result. It takes the time of a message there and one back
+    as well.
 
     Args:
       make: a function of a room that imports no JAX.
-      times: calls in a turn.
+      times: how often.
       arguments: of `make`, which must pickle.
+
+    Raises:
+      RuntimeError: here or in a call: the other process has ended. It has printed why.
     """
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
@@ -31,12 +35,18 @@ def candidates(make: Callable[..., Calls], times: int, **arguments) -> Iterator[
     process.start()
     theirs.close()  # so that the end of the process ends a recv
 
-    def call(name: str, times: int = times) -> Any:
+    def received() -> Any:
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {make.__name__} has ended; what it printed says why") from None
+
+    def call(name: str) -> Any:
         pipe.send((name, times))
-        return pipe.recv()
+        return received()
 
     try:
-        yield {name: partial(call, name) for name in pipe.recv()}
+        yield {name: partial(call, name) for name in received()}
     finally:
         process.terminate()
         process.join()

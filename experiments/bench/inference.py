@@ -59,7 +59,7 @@ def measure(rounds: int, status: Callable) -> dict:
       status: shows what is being measured, as a context manager.
 
     Returns:
-      {"rows": the table of times, "networks": of each network what is left of it}.
+      {"rows": the table of times, "networks": of each network what is left of it, "libraries": {name: version}}.
     """
     dataset, rows, found = mnist_5k(), [], []
     for name in NETWORKS:
@@ -72,7 +72,7 @@ def measure(rounds: int, status: Callable) -> dict:
                     times, left = time_network(group, trained, dataset, rounds)
                 rows += times
                 found.append({"network": name, "method": method, "density": density, **left})
-    return {"rows": rows, "networks": found}
+    return {"rows": rows, "networks": found, "libraries": runtimes.installed()}
 
 
 def train(name: str, method: str, density: float, dataset: Dataset, epochs: int) -> Trained:

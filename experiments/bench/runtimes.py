@@ -4,16 +4,19 @@ Neither is among the requirements: what is not installed is left out. ONNX Runti
 one, from the file that `supermask export --to onnx` writes; sparselab multiplies by sparse matrices in PyTorch.
 """
 
+import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 
-def installed() -> list[str]:
-    """The names of those that are installed."""
+def installed() -> dict[str, str]:
+    """{name: version} of those that are installed."""
     needs = {"onnxruntime": ("onnxruntime", "onnx"), "sparselab": ("sparselab", "torch")}
-    return [name for name, modules in needs.items() if all(map(importlib.util.find_spec, modules))]
+    found = [name for name, modules in needs.items() if all(map(importlib.util.find_spec, modules))]
+    return {name: importlib.metadata.version(name) for name in found}
 
 
 def make_calls(
@@ -63,6 +66,7 @@ def _sparselab(matrices: Sequence[np.ndarray], images: np.ndarray, threads: int)
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)  # torch's, of what sparselab uses
     sparse = [sparselab.PaddedCSR.from_dense(torch.tensor(matrix.T.copy())) for matrix in matrices]
     inputs = torch.tensor(images.reshape(len(images), -1).T.copy())  # [inputs, n], as its product takes them
 

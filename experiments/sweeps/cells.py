@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from experiments.config.presets import best_recipe
 from experiments.config.run import Run, named
-from experiments.config.sections import Data
+from experiments.config.sections import Data, Model
 from experiments.config.settings import changed, flat, neutral, refuse_unread
 from experiments.data.source import Dataset
 from experiments.run.checkpoints import discard
@@ -56,6 +56,16 @@ def cell(labels: Mapping[str, Any], method: str, **settings: Any) -> Cell:
     config.check()
     refuse_unread(config, base)
     return Cell(labels, config)
+
+
+def of_model(model: Model) -> dict[str, Any]:
+    """The model's name, and its options as far as they are set: what the others are, the recipe says.
+
+    Args:
+      model: the section of a sweep's settings.
+    """
+    usual = flat(Model())
+    return {name: value for name, value in flat(model).items() if name == "model" or value != usual[name]}
 
 
 def directory(config: Run) -> str:

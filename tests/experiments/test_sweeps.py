@@ -29,7 +29,7 @@ from experiments.plots import lines, style, sweeps
 from experiments.run.errors import UserError
 from experiments.run.names import Settings, default_path
 from experiments.run.workdir import Workdir
-from experiments.sweeps import cells, random_masks, sizes
+from experiments.sweeps import cells, comparison, random_masks, sizes
 from experiments.sweeps import construction as target
 from experiments.sweeps.learned import Learned
 from supermask_jax import models
@@ -282,6 +282,17 @@ def test_a_cell_has_the_best_recipe_for_its_data_set():
     assert cells.cell({}, "random", dataset="mnist").config.optim.optimizer == "adam"
     cifar = cells.cell({}, "random", dataset="cifar10", model="resnet-20").config
     assert (cifar.optim.optimizer, cifar.augment.flip, cifar.model.affine) == ("sgd", True, True)
+
+
+def test_options_of_the_model_that_a_sweep_does_not_set_are_the_recipes():
+    """On CIFAR weights learn with affine BatchNorm, where a network has any; and conv2 has none to be told of."""
+    for module in (bits, compare):
+        for model, flags, affine in (("resnet-20", {}, True), ("conv2", {}, True), ("conv2", {"widen": 0.5}, True)):
+            config = changed(module.Config(), model=model, dataset="cifar10", **flags)
+            shared = {**cells.of_model(config.model), **flat(config.data), "epochs": 1}
+            (cell,) = comparison.grid(("dense",), (0.5,), 1, shared)
+            found = cell.config.model
+            assert (found.model, found.affine, found.widen) == (model, affine, flags.get("widen", 1.0))
 
 
 def test_resnets_are_made_from_their_channels_and_layers():
