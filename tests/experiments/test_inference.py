@@ -2,6 +2,7 @@
 
 import json
 
+import counting
 import numpy as np
 import pytest
 from jax.experimental import sparse
@@ -60,29 +61,18 @@ def test_other_libraries_classify_as_ours(name, needs, model):
 
 
 def test_a_call_in_the_other_process_does_so_many():
-    with child.candidates(calls_for_test, times=3, start=10) as found:
+    with child.candidates(counting.make_calls, times=3, start=10) as found:
         assert set(found) == {"add", "fail"} and found["add"]() == 13 and found["add"]() == 16
 
 
 def test_a_process_that_ends_says_so():
-    with child.candidates(calls_for_test, times=3, start=10) as found, pytest.raises(RuntimeError, match="has ended"):
+    with (
+        child.candidates(counting.make_calls, times=3, start=10) as found,
+        pytest.raises(RuntimeError, match="has ended"),
+    ):
         found["fail"]()
-    with pytest.raises(RuntimeError, match="has ended"), child.candidates(calls_for_test, times=3, unknown=1):
+    with pytest.raises(RuntimeError, match="has ended"), child.candidates(counting.make_calls, times=3, unknown=1):
         pass
-
-
-def calls_for_test(start):
-    total = start
-
-    def add(times):
-        nonlocal total
-        total += times
-        return total
-
-    def fail(times):
-        raise SystemExit(3)
-
-    return {"add": add, "fail": fail}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from signals import stopped_once_training
 
 import supermask_jax as sm
+from experiments.config.presets import DENSE_LAYERS
 from experiments.config.registry import INITIALIZERS, METHODS, MODELS, Entry
 from experiments.config.sections import Init, Masks, Model
 from experiments.config.settings import changed
@@ -351,3 +352,11 @@ def test_a_run_in_bfloat16_is_evaluated_in_it_and_has_a_name_of_its_own(tmp_path
     assert stored._network_of({**about, "bfloat16": False}, dataset(), tmp_path).dtype == jnp.float32
     with pytest.raises(UserError, match=r"bfloat16 \(was True, now False\)"):
         fit(tmp_path / "run", **options | {"bfloat16": False})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_recipes_take_for_granted_of_a_network(name):
+    """One with the option affine has BatchNorm, and no other; those of dense layers have no convolution."""
+    net = network(Model(name), Init(), 10, (28, 28, 1) if name == "convnet" else (32, 32, 3))
+    assert ("affine" in MODELS[name].reads) == net.has_state
+    assert (name in DENSE_LAYERS) == all(len(shape) == 2 for shape in net.prunable.values())
