@@ -41,7 +41,10 @@ def bits(summary: Mapping[str, Any]):
     """Draws test accuracy by the size of the file: a line for each family and number format, and the Pareto front."""
     config, drawn = summary["config"], summary["points"]
     what = f"{config['model']} on {summary['dataset']}, each evaluated from its file"
-    title = f"{what} · {counted(config['epochs'], 'epoch')} · {seeds_note(config['seeds'])}"
+    trained = counted(config["epochs"], "epoch")
+    if config["train_images"]:
+        trained += f" of {config['train_images']:,} images"
+    title = f"{what} · {trained} · {seeds_note(config['seeds'])}"
     figure = new_figure(title, 9.6, 7.2)
     ax = figure.subplots()
     style_axes(ax, "bytes of the network's file, log scale", ACCURACY_LABEL)
@@ -79,7 +82,7 @@ def _draw_front(ax, front: list[Mapping[str, Any]]) -> None:
 
 def _byte_axis(ax, sizes: list[float]) -> None:
     """A log x axis with ticks in bytes, kB and MB."""
-    low, high = min(sizes, default=1e3) / 1.2, max(sizes, default=1e6) * 1.2
+    low, high = min(sizes, default=1e3) / 1.6, max(sizes, default=1e6) * 1.2
     ticks = [tick for tick in TICKS if low <= tick <= high]
     units = ((1e6, "MB"), (1e3, "kB"), (1, "bytes"))
     names = [next(f"{tick / size:g} {unit}" for size, unit in units if tick >= size) for tick in ticks]
