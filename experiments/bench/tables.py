@@ -140,6 +140,18 @@ def partition_table(measured: dict) -> str:
     return table(("scores", *(f"density {density}" for density in densities)), lines)
 
 
+def growth_table(measured: dict) -> str:
+    """Time, memory and compilation of a selection: a row for each tree and number of devices."""
+    lines = []
+    for of in measured["trees"]:
+        done = "seconds" in of
+        figures = (1e3 * np.median(of["seconds"]), of["peak_bytes"] / 1e6, of["compile_seconds"]) if done else ()
+        cells = map("{:,.0f}".format, figures) if done else ("does not fit", "", "")
+        lines.append((of["tree"], f"{of['scores'] / 1e6:,.0f}", of["arrays"], of["devices"], *cells))
+    head = ("scores of", "millions", "arrays", "devices", "ms", "peak of the process, MB", "compilation, s")
+    return table(head, lines)
+
+
 def _groups(measured: dict) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for line in measured["rows"]:
@@ -151,6 +163,7 @@ TABLES = {
     "machine": machine_line,
     "steps": steps_table,
     "selection beside numpy.partition": partition_table,
+    "growth": growth_table,
     "faults": faults_table,
     "traffic": traffic_table,
     "selection": selection_table,
