@@ -146,7 +146,7 @@ def growth_table(measured: dict) -> str:
     for of in measured["trees"]:
         done = "seconds" in of
         figures = (1e3 * np.median(of["seconds"]), of["peak_bytes"] / 1e6, of["compile_seconds"]) if done else ()
-        cells = map("{:,.0f}".format, figures) if done else ("does not fit", "", "")
+        cells = map("{:,.0f}".format, figures) if done else ("left out", "", "")
         lines.append((of["tree"], f"{of['scores'] / 1e6:,.0f}", of["arrays"], of["devices"], *cells))
     head = ("scores of", "millions", "arrays", "devices", "ms", "peak of the process, MB", "compilation, s")
     return table(head, lines)
