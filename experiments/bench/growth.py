@@ -26,7 +26,7 @@ DENSITY = 0.5
 DEVICES = (1, 8)
 PASSES = 32  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
 # Bytes of a score that a process needs: scores, masks, keys, and flat indices where equal scores straddle the cut. Of
-# 355 million scores, 18 were measured on one device and 23 on eight. A tree that needs more is left out, with the reason.
+# 355 million scores, 18 were measured on one device and 23 on eight. A tree that needs more is left out, and named.
 NEEDED = 6 * FLOAT
 
 
