@@ -6,11 +6,11 @@ scores that are sharded over devices stay so, and the result does not depend on 
 
 Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts, which is
 fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of passes is bounded for
-any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, a
-second search of the same kind runs over their flat indices.
+any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, the
+same search runs again over their flat indices.
 
-On a single CPU, a pass leaves out the layers whose search has ended. On one device, small layers of one shape are
-ranked as a stack, so that the program grows with the number of shapes, not of layers.
+On a single CPU, a pass counts only arrays in which a search is still open. On one device, small layers share an array,
+so that the program hardly grows with their number.
 """
 
 import math
@@ -25,13 +25,18 @@ from jax import lax
 INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
 EXACT_IN_FLOAT32 = 2**24
 SAMPLE = 2**9  # keys per group that guide the search
-SMALL = 2**16  # keys of the largest layers that are ranked in a stack with others of their shape
+SMALL = 2**16  # keys of the largest layers that share an array with others
+ROW = 2**9  # keys of a row of such an array
+FEW = 16  # keys in a bracket that are not worth an interpolation
 
 
 def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
-    """int32 in the order of the floats, 0.0 = -0.0; the lowest int32, which no float has, where not allowed."""
+    """int32 in the order of the floats, 0.0 = -0.0; the lowest int32, which no float has, where not allowed.
+
+    The highest int32 is no key either: the search takes it for a number above all keys. One NaN would have it.
+    """
     bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
-    key = jnp.where(bits >= 0, bits, INT32_MIN - bits)
+    key = jnp.where(bits >= 0, jnp.minimum(bits, INT32_MAX - 1), INT32_MIN - bits)
     return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
 
 
@@ -41,12 +46,93 @@ class _Place(NamedTuple):
     first: int
     stack: tuple[int, ...]  # the shape of its leading axes that count layers
 
+    def sizes(self, key: jax.Array) -> list[int]:
+        """How many keys each of its layers has."""
+        layers = math.prod(self.stack)
+        return [key.size // layers] * layers
+
     def of(self, vector: jax.Array, rank: int) -> jax.Array:
-        """The array's entries of a vector, of a shape that combines with an array of that rank."""
+        """Its entries of a vector, of a shape that combines with an array of that rank."""
         if not self.stack:
             return vector[self.first]
         own = vector[self.first : self.first + math.prod(self.stack)]
         return own.reshape(self.stack + (1,) * (rank - len(self.stack)))
+
+    def at_least(self, key: jax.Array, threshold: jax.Array) -> jax.Array:
+        """int32 [layers]: how many keys of each are >= threshold, which `of` has made."""
+        return _count(key, threshold, len(self.stack)).ravel()
+
+    def indices(self, key: jax.Array) -> jax.Array:
+        """Flat index of every key within its layer, from an iota per axis: a ravel would gather a sharded array."""
+        index = jnp.zeros(key.shape, jnp.int32)
+        for axis in range(len(self.stack), key.ndim):
+            stride = math.prod(key.shape[axis + 1 :])
+            index = index + lax.broadcasted_iota(jnp.int32, key.shape, axis) * stride
+        return index
+
+    def sample(self, key: jax.Array, share: float) -> jax.Array:
+        """[layers, drawn]: about this share of each layer's keys, and at least one.
+
+        A slice with strides, which moves little between shards. The leading axes count layers, and stay whole.
+        """
+        leading, layers = len(self.stack), math.prod(self.stack)
+        wanted = max(round(share * (key.size // layers)), 1)
+        for axis in (leading + np.argsort(key.shape[leading:])[::-1]).tolist():
+            stride = min(key.shape[axis], max(key.size // layers // wanted, 1))
+            key = lax.slice_in_dim(key, 0, None, stride=stride, axis=axis)
+        return key.reshape(layers, -1)
+
+
+class _Pack:
+    """A place like `_Place`, of an array that holds several small layers: each fills rows of ROW keys.
+
+    The lowest int32 pads a layer's last row.
+    """
+
+    def __init__(self, first: int, sizes: list[int]):
+        rows = np.array([-(-size // ROW) for size in sizes])
+        self.first, self._sizes = first, np.array(sizes)
+        self._starts, self._ends = np.cumsum(rows) - rows, np.cumsum(rows)
+        self._layer = np.repeat(np.arange(len(sizes)), rows)  # of each row
+
+    def pack(self, keys: list[jax.Array]) -> jax.Array:
+        """[rows, ROW]: the layers' keys."""
+        parts = [part for key in keys for part in (key.ravel(), jnp.full(-key.size % ROW, INT32_MIN))]
+        return jnp.concatenate(parts).reshape(-1, ROW)
+
+    def unpack(self, packed: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+        """The layers again, in their own shapes."""
+        layers = [packed[start:end].ravel() for start, end in zip(self._starts, self._ends, strict=True)]
+        return [layer[: math.prod(shape)].reshape(shape) for layer, shape in zip(layers, shapes, strict=True)]
+
+    def sizes(self, key: jax.Array) -> list[int]:
+        return self._sizes.tolist()
+
+    def of(self, vector: jax.Array, rank: int) -> jax.Array:
+        return vector[self.first + self._layer][:, None]
+
+    def at_least(self, key: jax.Array, threshold: jax.Array) -> jax.Array:
+        rows = self._starts[:, None] + np.arange(np.max(self._ends - self._starts))
+        none = len(self._layer)  # a further row, in which nothing is counted
+        of_rows = jnp.pad(_count(key, threshold, 1), (0, 1))
+        return jnp.sum(of_rows[np.where(rows < self._ends[:, None], rows, none)], axis=1, dtype=jnp.int32)
+
+    def indices(self, key: jax.Array) -> jax.Array:
+        """Flat index of every key within its layer; -1 where a row is padded."""
+        row = jnp.asarray(np.arange(len(self._layer)) - self._starts[self._layer], jnp.int32)
+        index = row[:, None] * ROW + lax.broadcasted_iota(jnp.int32, key.shape, 1)
+        return jnp.where(index < jnp.asarray(self._sizes[self._layer], jnp.int32)[:, None], index, -1)
+
+    def sample(self, key: jax.Array, share: float) -> jax.Array:
+        """[layers, drawn]: keys of each layer at equal distances, padded with the lowest int32.
+
+        All keys where they are less than twice SAMPLE, as a slice with strides has them.
+        """
+        sizes = self._sizes[:, None]
+        place = np.arange(np.max(sizes[sizes < 2 * SAMPLE], initial=SAMPLE))
+        drawn = np.minimum(sizes, len(place))
+        at = self._starts[:, None] * ROW + np.minimum(place, drawn - 1) * sizes // drawn
+        return jnp.where(place < drawn, key[at // ROW, at % ROW], INT32_MIN)
 
 
 # Compiled, so that a call outside jit costs one compilation per set of shapes and not one per call.
@@ -60,69 +146,81 @@ def highest(
     in its group, and counts[g] is one number for all of them, or an array of those axes.
     """
     stacks = stacks or (0,) * len(keys)
-    if jax.device_count() > 1:  # arrays of one shape may lie on a mesh in different ways
-        return _ranked(keys, counts, groups, stacks)
-    # Small arrays of one shape, each ranked by itself, become a stack: the program grows with the number of shapes.
-    like: dict[Any, list[int]] = {}
-    for at, (key, group, leading) in enumerate(zip(keys, groups, stacks, strict=True)):
-        alone = 0 < key.size <= SMALL and not leading and groups.count(group) == 1
-        like.setdefault(key.shape if alone else at, []).append(at)
-    single = [same[0] for same in like.values() if len(same) == 1]
-    several = [same for same in like.values() if len(same) > 1]
-    masks = _ranked(
-        [*(keys[at] for at in single), *(jnp.stack([keys[at] for at in same]) for same in several)],
-        [*counts, *(jnp.stack([jnp.int32(counts[groups[at]]) for at in same]) for same in several)],
-        (*(groups[at] for at in single), *range(len(counts), len(counts) + len(several))),
-        (*(stacks[at] for at in single), *(1 for _ in several)),
-    )
-    of = dict(zip(single, masks, strict=False))
-    for same, mask in zip(several, masks[len(single) :], strict=True):
-        of |= {at: mask[row] for row, at in enumerate(same)}
-    return [of[at] for at in range(len(keys))]
-
-
-def _ranked(
-    keys: list[jax.Array], counts: list[Any], groups: tuple[int, ...], stacks: tuple[int, ...]
-) -> list[jax.Array]:
-    """The masks of `highest`, every array by itself."""
-    whole = [(key, g, key.shape[:leading]) for key, g, leading in zip(keys, groups, stacks, strict=True) if key.size]
-    if not whole:
-        return [jnp.zeros(key.shape, bool) for key in keys]
-    arrays = [key for key, _, _ in whole]
-    numbers: list[jax.Array] = []
+    packed = _small(keys, groups, stacks)
+    alone = [at for at, key in enumerate(keys) if key.size and at not in packed]
+    arrays = [keys[at] for at in alone]
+    places: list[_Place | _Pack] = []
+    wanted: list[jax.Array] = []
     starts: dict[int, int] = {}
-    for _, g, stack in whole:
+    for at in alone:
+        g, stack = groups[at], keys[at].shape[: stacks[at]]
         if g not in starts:
-            starts[g] = sum(part.size for part in numbers)
-            numbers.append(jnp.broadcast_to(jnp.asarray(counts[g], jnp.int32), stack).ravel())
-    places = [_Place(starts[g], stack) for _, g, stack in whole]
-    wanted = jnp.concatenate(numbers)
-    bracket = _search(arrays, places, wanted)
-    straddles = (bracket.at_low > wanted) & (wanted > 0)
+            starts[g] = sum(part.size for part in wanted)
+            wanted.append(jnp.broadcast_to(jnp.asarray(counts[g], jnp.int32), stack).ravel())
+        places.append(_Place(starts[g], stack))
+    if packed:
+        pack = _Pack(sum(part.size for part in wanted), [keys[at].size for at in packed])
+        arrays.append(pack.pack([keys[at] for at in packed]))
+        places.append(pack)
+        wanted.append(jnp.stack([jnp.asarray(counts[groups[at]], jnp.int32) for at in packed]))
+    found = _ranked(arrays, places, jnp.concatenate(wanted)) if arrays else []
+    masks = dict(zip(alone, found, strict=False))
+    if packed:
+        masks |= zip(packed, pack.unpack(found[-1], [keys[at].shape for at in packed]), strict=True)
+    return [masks[at] if key.size else jnp.zeros(key.shape, bool) for at, key in enumerate(keys)]
 
-    def cut(_):
-        return [
-            (key >= place.of(bracket.low, key.ndim)) & (place.of(wanted, key.ndim) > 0)
-            for key, place in zip(arrays, places, strict=True)
-        ]
 
-    def cut_ties(_):
-        tied = [
-            jnp.where(key == place.of(bracket.low, key.ndim), index, -1)
-            for key, place, index in zip(arrays, places, _flat_indices(arrays, places), strict=True)
-        ]
-        sizes = jnp.array(_sizes(arrays, places), jnp.int32)
-        # A group whose cut is clean asks for all its indices, which ends its search before it begins.
-        lowest = jnp.where(straddles, wanted - bracket.at_high, sizes)
-        first = _search(tied, places, lowest, ends=(jnp.full_like(sizes, -1), sizes)).low
-        masks = []
-        for key, place, index in zip(arrays, places, tied, strict=True):
-            low, least, some = (place.of(vector, key.ndim) for vector in (bracket.low, first, wanted > 0))
-            masks.append(((key > low) | ((key == low) & (index >= least))) & some)
-        return masks
+def _small(keys: list[jax.Array], groups: tuple[int, ...], stacks: tuple[int, ...]) -> list[int]:
+    """Which arrays are packed: on one device, at least two small ones that are each ranked by itself."""
+    if jax.device_count() > 1:  # arrays may lie on a mesh in different ways
+        return []
+    each = enumerate(zip(keys, groups, stacks, strict=True))
+    small = [at for at, (key, g, leading) in each if 0 < key.size <= SMALL and not leading and groups.count(g) == 1]
+    return small if len(small) > 1 else []
 
-    masks = iter(lax.cond(jnp.any(straddles), cut_ties, cut, None))
-    return [next(masks) if key.size else jnp.zeros(key.shape, bool) for key in keys]
+
+def _ranked(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Array) -> list[jax.Array]:
+    """The masks of the wanted[g] highest keys of each group.
+
+    Where equal keys straddle the cut, the same program searches once more, among numbers that rank as the keys with
+    their flat indices do. These take the place of the keys; on a CPU, the masks do so in the end.
+    """
+    sizes = jnp.array(_sizes(keys, places), jnp.int32)
+
+    def search(state):
+        keys, bracket = state
+        bracket = _search(keys, places, wanted, bracket)
+        straddles = (bracket.at_low > wanted) & (wanted > 0)
+
+        def among_ties():
+            indices = _flat_indices(keys, places)
+            numbers = []
+            for key, place, index in zip(keys, places, indices, strict=True):
+                low, tied = (place.of(vector, key.ndim) for vector in (bracket.low, straddles))
+                number = jnp.where(key > low, INT32_MAX, jnp.where(key == low, index, -1))
+                numbers.append(jnp.where(tied, number, key))
+            return numbers, bracket._replace(
+                low=jnp.where(straddles, 0, bracket.low),
+                high=jnp.where(straddles, sizes, bracket.high),
+                turn=jnp.full_like(sizes, HINT_LOW),
+                before=bracket.at_low - bracket.at_high,
+            )
+
+        return lax.cond(jnp.any(straddles), among_ties, lambda: (keys, bracket))
+
+    start = _Bracket(
+        low=jnp.full_like(sizes, INT32_MIN),
+        high=jnp.full_like(sizes, INT32_MAX),
+        at_low=sizes,
+        at_high=jnp.zeros_like(sizes),
+        turn=jnp.full_like(sizes, HINT_LOW),
+        before=sizes,
+    )
+    keys, bracket = lax.while_loop(lambda state: jnp.any(_is_open(state[1], wanted)), search, (keys, start))
+    return [
+        (key >= place.of(bracket.low, key.ndim)) & (place.of(wanted, key.ndim) > 0)
+        for key, place in zip(keys, places, strict=True)
+    ]
 
 
 class _Bracket(NamedTuple):
@@ -139,35 +237,36 @@ class _Bracket(NamedTuple):
 HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
 
 
-def _search(
-    keys: list[jax.Array], places: list[_Place], wanted: jax.Array, ends: tuple[jax.Array, jax.Array] | None = None
-) -> _Bracket:
+def _is_open(b: _Bracket, wanted: jax.Array) -> jax.Array:
+    return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
+
+
+def _search(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Array, start: _Bracket) -> _Bracket:
     """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
 
     keys: int32 arrays; places[i]: where keys[i] is ranked; wanted: int32 [groups], each in [1, keys of the group]
-    (a group that wants 0 keys is closed from the start); ends: per group a key that is not above its lowest and one
-    that is above its highest, where known.
+    (a group that wants 0 keys is closed from the start); start: brackets that hold the thresholds.
     """
-    sizes = jnp.array(_sizes(keys, places), jnp.int32)
     sample = _sample(keys, places, wanted)
-    # A CPU passes over open groups only. On a mesh all counts are one exchange, and a GPU waits for every condition.
+    # A CPU counts only arrays that have an open group. On a mesh all counts are one exchange, and a GPU waits for every
+    # condition.
     skips = jax.default_backend() == "cpu" and jax.device_count() == 1
-
-    def is_open(b):
-        return (b.at_low > wanted) & (_width(b) > 1) & (wanted > 0)
 
     def step(b):
         probe = _probe(b, wanted, sample)
         counts: dict[int, Any] = {}
         for key, place in zip(keys, places, strict=True):
-            count = partial(_count, key, place.of(probe, key.ndim), len(place.stack))
-            none = partial(jnp.zeros, place.stack, jnp.int32)
-            number = lax.cond(jnp.any(place.of(is_open(b), key.ndim)), count, none) if skips else count()
-            counts[place.first] = counts.get(place.first, 0) + number.ravel()
+            count = partial(place.at_least, key, place.of(probe, key.ndim))
+            if skips:
+                none = partial(jnp.zeros, len(place.sizes(key)), jnp.int32)
+                number = lax.cond(jnp.any(place.of(_is_open(b, wanted), key.ndim)), count, none)
+            else:
+                number = count()
+            counts[place.first] = counts.get(place.first, 0) + number
         at = jnp.concatenate([counts[first] for first in sorted(counts)])
-        up, down = is_open(b) & (at >= wanted), is_open(b) & (at < wanted)
+        up, down = _is_open(b, wanted) & (at >= wanted), _is_open(b, wanted) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
-        stalled = (at_low - at_high) * 4 > b.before
+        stalled = at_low - at_high > b.before // 4
         over = (b.turn == HALVE) | ((b.turn == OVERSHOOT) & ~stalled)
         turn = jnp.where(over, AIM, b.turn + 1)
         return _Bracket(
@@ -179,10 +278,7 @@ def _search(
             jnp.where(turn == AIM, at_low - at_high, b.before),
         )
 
-    low, high = ends or (jnp.full_like(sizes, INT32_MIN), jnp.full_like(sizes, INT32_MAX))
-    turn = jnp.full_like(sizes, HINT_LOW)
-    start = _Bracket(low, high, at_low=sizes, at_high=jnp.zeros_like(sizes), turn=turn, before=sizes)
-    return lax.while_loop(lambda b: jnp.any(is_open(b)), step, start)
+    return lax.while_loop(lambda b: jnp.any(_is_open(b, wanted)), step, start)
 
 
 class _Sample(NamedTuple):
@@ -191,6 +287,7 @@ class _Sample(NamedTuple):
     keys: jax.Array  # [groups, drawn], padded with the lowest int32
     low: jax.Array
     high: jax.Array
+    whole: jax.Array  # whether `keys` are all of the group's; `low` and `high` are then the threshold
 
 
 def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
@@ -198,7 +295,8 @@ def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
 
     HINT_LOW and HINT_HIGH come from the sample. AIM goes where the counts, interpolated, say that the threshold is.
     OVERSHOOT goes as far past it as the nearer end is from it, to bring in the farther end. Where these do not help,
-    many keys are equal: SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects.
+    many keys are equal: SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects, and
+    so does every probe while few keys are left, unless the sample tells the threshold.
     """
     width = _width(b)
     near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
@@ -206,59 +304,42 @@ def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
     aim = wanted + jnp.where(b.turn == OVERSHOOT, past, 0)
     above, between = (difference.astype(jnp.float32) for difference in (b.at_low - aim, b.at_low - b.at_high))
     share = jnp.clip(above / jnp.maximum(between, 1), 0, 1)
-    offset = jnp.where(b.turn == HALVE, width >> 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
-    offset = jnp.where(b.turn == STEP, 1, offset)
+    offset = jnp.where(b.turn == STEP, 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
+    few = (b.at_low - b.at_high <= FEW) & ~sample.whole
+    offset = jnp.where(few | (b.turn == HALVE), width >> 1, offset)
     probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
     at_least = sample.keys >= probe[:, None]
     above = jnp.min(jnp.where(at_least, sample.keys, INT32_MAX), axis=1)
     below = jnp.max(jnp.where(at_least, INT32_MIN, sample.keys), axis=1)
-    probe = jnp.where(b.turn == SNAP, jnp.where(above < b.high, above, below), probe)
-    probe = jnp.where(b.turn == HINT_LOW, sample.low, jnp.where(b.turn == HINT_HIGH, sample.high, probe))
-    return jnp.clip(probe, b.low + 1, b.high - 1)
+    sampled = jnp.where(above < b.high, above, below)
+    sampled = jnp.where(b.turn == HINT_LOW, sample.low, jnp.where(b.turn == HINT_HIGH, sample.high, sampled))
+    samples = (b.turn == SNAP) | (b.turn == HINT_LOW) | (b.turn == HINT_HIGH)
+    return jnp.clip(jnp.where(samples & ~few, sampled, probe), b.low + 1, b.high - 1)
 
 
-def _sample(keys: list[jax.Array], places: list[_Place], wanted: jax.Array) -> _Sample:
-    """About SAMPLE keys of each group, with quantiles three deviations apart around the threshold's.
-
-    Where the sample is the whole group, both are the threshold itself.
-    """
-    rows: list[jax.Array] = []
-    lows: list[jax.Array] = []
-    highs: list[jax.Array] = []
-    sizes = _sizes(keys, places)
+def _sample(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Array) -> _Sample:
+    """About SAMPLE keys of each group, with quantiles three deviations apart around the threshold's."""
+    sizes = np.array(_sizes(keys, places), np.float32)
+    rows, drawn_of = [], []
     for first in sorted({place.first for place in places}):
-        own = [(key, len(place.stack)) for key, place in zip(keys, places, strict=True) if place.first == first]
-        size, stack = sizes[first], own[0][0].shape[: own[0][1]]
-        shape = (math.prod(stack), -1) if stack else (-1,)
-        parts = [_slice(key, SAMPLE / size, leading).reshape(shape) for key, leading in own]
-        row = jnp.sort(jnp.concatenate(parts, axis=-1))  # sorting also leaves it whole on every device of a mesh
-        drawn = row.shape[-1]
-        layers = math.prod(stack)
-        share = (wanted[first : first + layers] if stack else wanted[first]).astype(jnp.float32) / size
-        margin = 3 * jnp.sqrt(drawn * share * (1 - share) * (1 - drawn / size)) + float(drawn < size)
-        for side, ends in ((1, lows), (-1, highs)):
-            rank = jnp.clip(jnp.round(drawn * share + side * margin), 1, drawn).astype(jnp.int32)  # 1 for the highest
-            if stack:
-                ends.append(jnp.take_along_axis(row, drawn - rank[:, None], axis=1)[:, 0])
-            else:
-                ends.append(row[drawn - rank][None])
-        rows.append(row if stack else row[None])
-    drawn = max(row.shape[1] for row in rows)
-    padded = [jnp.pad(row, ((0, 0), (0, drawn - row.shape[1])), constant_values=INT32_MIN) for row in rows]
-    return _Sample(jnp.concatenate(padded), jnp.concatenate(lows), jnp.concatenate(highs))
+        own = [(key, place) for key, place in zip(keys, places, strict=True) if place.first == first]
+        share = SAMPLE / float(sizes[first])
+        row = jnp.concatenate([place.sample(key, share) for key, place in own], axis=1)
+        layers, own_width = row.shape
+        # A sort along the only axis also leaves it whole on every device of a mesh.
+        rows.append(jnp.sort(row, axis=1) if layers > 1 else jnp.sort(row[0])[None])
+        drawn_of.append(np.minimum(sizes[first : first + layers], np.float32(own_width)))
+    width = max(row.shape[1] for row in rows)
+    padded = [jnp.pad(row, ((0, 0), (width - row.shape[1], 0)), constant_values=INT32_MIN) for row in rows]
+    sample, drawn = jnp.concatenate(padded), np.concatenate(drawn_of)
+    part = wanted.astype(jnp.float32) / sizes
+    margin = 3 * jnp.sqrt(drawn * part * (1 - part) * (1 - drawn / sizes)) + np.float32(drawn < sizes)
 
+    def quantile(side):
+        rank = jnp.clip(jnp.round(drawn * part + side * margin), 1, drawn).astype(jnp.int32)  # 1 for the highest
+        return jnp.take_along_axis(sample, width - rank[:, None], axis=1)[:, 0]
 
-def _slice(key: jax.Array, share: float, leading: int) -> jax.Array:
-    """About this share of each layer's keys, and at least one: a slice with strides, which moves little between shards.
-
-    The leading axes count layers, and stay whole.
-    """
-    layers = math.prod(key.shape[:leading])
-    wanted = max(round(share * (key.size // layers)), 1)
-    for axis in (leading + np.argsort(key.shape[leading:])[::-1]).tolist():
-        stride = min(key.shape[axis], max(key.size // layers // wanted, 1))
-        key = lax.slice_in_dim(key, 0, None, stride=stride, axis=axis)
-    return key
+    return _Sample(sample, quantile(1), quantile(-1), jnp.asarray(drawn >= sizes))
 
 
 def _count(key: jax.Array, threshold: jax.Array, leading: int) -> jax.Array:
@@ -284,7 +365,7 @@ def _count(key: jax.Array, threshold: jax.Array, leading: int) -> jax.Array:
         return jnp.sum(exact, axis=over, dtype=jnp.int32)
 
     part = (key >= threshold).astype(jnp.float32)
-    if len(over) < 2 or part.shape[-1] > EXACT_IN_FLOAT32:
+    if key.ndim < 2 or not over or part.shape[-1] > EXACT_IN_FLOAT32:
         return at_once(part)
     return lax.platform_dependent(part, cpu=by_rows, default=at_once)
 
@@ -293,13 +374,12 @@ def _width(b: _Bracket) -> jax.Array:
     return (b.high - b.low).astype(jnp.uint32)  # up to 2**32 - 1: wraps right only without a sign
 
 
-def _sizes(keys: list[jax.Array], places: list[_Place]) -> list[int]:
+def _sizes(keys: list[jax.Array], places: list[_Place | _Pack]) -> list[int]:
     """How many keys each group has."""
     sizes: dict[int, int] = {}
     for key, place in zip(keys, places, strict=True):
-        layers = math.prod(place.stack)
-        for group in range(place.first, place.first + layers):
-            sizes[group] = sizes.get(group, 0) + key.size // layers
+        for group, size in enumerate(place.sizes(key), place.first):
+            sizes[group] = sizes.get(group, 0) + size
     if max(sizes.values()) > INT32_MAX - 1:
         raise ValueError(
             "more than 2**31 - 2 scores in one ranking: their flat index does not fit in 32 bits. Rank each layer by "
@@ -309,14 +389,13 @@ def _sizes(keys: list[jax.Array], places: list[_Place]) -> list[int]:
     return [sizes[group] for group in sorted(sizes)]
 
 
-def _flat_indices(arrays: list[jax.Array], places: list[_Place]) -> list[jax.Array]:
-    """Flat index of every element within its group, from an iota per axis: a ravel would gather a sharded array."""
+def _flat_indices(keys: list[jax.Array], places: list[_Place | _Pack]) -> list[jax.Array]:
+    """Flat index of every key within its group, whose arrays count as one that joins them.
+
+    A pack, which begins with index 0, has -1 where it is padded.
+    """
     start, indices = {place.first: 0 for place in places}, []
-    for array, (first, stack) in zip(arrays, places, strict=True):
-        index = jnp.full(array.shape, start[first], jnp.int32)
-        for axis in range(len(stack), array.ndim):
-            stride = math.prod(array.shape[axis + 1 :])
-            index = index + lax.broadcasted_iota(jnp.int32, array.shape, axis) * stride
-        indices.append(index)
-        start[first] += array.size
+    for key, place in zip(keys, places, strict=True):
+        indices.append(place.indices(key) + start[place.first])
+        start[place.first] += key.size
     return indices

@@ -16,7 +16,7 @@ import pytest
 
 import supermask_jax as sm
 from supermask_jax.selection import keep_highest_of_all, straight_through
-from supermask_jax.threshold import SAMPLE
+from supermask_jax.threshold import ROW, SAMPLE, SMALL
 from supermask_jax.units import unit_masks, unit_scores
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -73,10 +73,13 @@ LAYERS = {
     "a": ("all_equal", (13, 11)),
     "b": ("normal", (3, 3, 2, 5)),
     "c": ("uniform", (0,)),
-    "d": ("heavy_ties", (512, 200)),
+    "d": ("heavy_ties", (512, 100)),
     "e": ("huge_range", (7,)),
     "f": ("lognormal", (5, 5, 40, 70)),
     "g": ("infinities", (1,)),
+    "h": ("normal", (700, 500)),  # not packed with the others: it is large
+    "i": ("lognormal", (ROW,)),
+    "j": ("heavy_ties", (ROW + 1,)),
 }
 
 
@@ -84,6 +87,7 @@ LAYERS = {
 def test_layers_searched_together_get_the_masks_they_get_alone(turn):
     """Layers that close early, late, tied, clean or empty share each pass; densities go round the layers."""
     scores = {name: draw(*layer, seed=turn) for name, layer in LAYERS.items()}
+    assert scores["d"].size <= SMALL < scores["h"].size
     counts = {name: sm.keep_count(DENSITIES[(turn + i) % 5], scores[name].size) for i, name in enumerate(scores)}
     masks = keep_highest({**scores, "not prunable": None}, traced(counts))
     assert masks.pop("not prunable") is None
@@ -97,9 +101,9 @@ def test_many_layers_of_one_shape_get_the_masks_they_get_alone():
     chex.assert_trees_all_equal(keep_highest(scores, traced(counts)), oracles.highest_in_each(scores, counts))
 
 
-def test_the_program_does_not_grow_with_the_number_of_small_layers_of_one_shape():
+def test_the_program_counts_small_layers_together_whatever_their_number_and_shapes():
     def searches(layers):
-        scores = {str(i): jnp.ones((13, 11), jnp.float32) for i in range(layers)}
+        scores = {str(i): jnp.ones((13, 11 + i), jnp.float32) for i in range(layers)}
         program = str(jax.make_jaxpr(lambda s: sm.layerwise_masks(s, 0.3))(scores))
         return program.count("dot_general")  # which counts the keys of an array
 
@@ -341,6 +345,32 @@ def test_vmap_over_networks_gives_each_its_own_mask():
     scores = draw("heavy_ties", (4, 30))
     masks = jax.jit(jax.vmap(lambda s: sm.top_k_mask(s, 0.3)))(scores)
     chex.assert_trees_all_equal(masks, np.stack([oracles.highest(row, 9) for row in scores]))
+
+
+def test_vmap_over_networks_of_small_and_large_layers_with_ties():
+    shapes = {"small": (30,), "also small": (ROW + 1,), "large": (300, 240)}
+    scores = {name: draw("heavy_ties", (3, *shape)) for name, shape in shapes.items()}
+    assert scores["large"][0].size > SMALL
+    masks = jax.jit(jax.vmap(lambda s: sm.layerwise_masks(s, 0.3)))(scores)
+    for network in range(3):
+        own = {name: layer[network] for name, layer in scores.items()}
+        counts = {name: sm.keep_count(0.3, layer.size) for name, layer in own.items()}
+        got = {name: layer[network] for name, layer in masks.items()}
+        chex.assert_trees_all_equal(got, oracles.highest_in_each(own, counts))
+
+
+@pytest.mark.parametrize("nans", (10, 4))
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, 0x7FC00000, 0x7F800001))
+def test_under_jit_nan_ranks_above_all_numbers_and_a_negative_one_below_whatever_its_bits(bits, nans):
+    """A GPU makes NaN of other bits than a CPU, and the search must end: no key is the highest int32."""
+    numbers = np.arange(10 - nans, dtype=np.float32)
+    for sign, expected in ((0, nans), (1 << 31, 0)):
+        some = np.full(nans, bits | sign, np.uint32).view(np.float32)
+        layer = np.concatenate([numbers, some])
+        for names in (("alone",), ("in", "a pack")):
+            masks = keep_highest(dict.fromkeys(names, layer), traced(dict.fromkeys(names, 5)))
+            for mask in masks.values():
+                assert mask.sum() == 5 and mask[-nans:].sum() == max(min(expected, 5), 5 - len(numbers))
 
 
 def test_other_scores_and_other_counts_compile_nothing_new():
