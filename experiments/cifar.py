@@ -16,16 +16,19 @@ PROG = "python -m experiments.cifar"
 class Config(Run):
     """Find a subnetwork that recognises the objects of CIFAR-10, or train one by any method."""
 
-    preset: Literal["quick", "paper", "zhou"] = "quick"
-    """The recipe: the defaults below are those of the --method and --model given. quick: few epochs. paper: the
-    published settings, 100 or 160 epochs. zhou: Zhou et al.'s settings of bernoulli, 2000 epochs of Conv4."""
+    preset: Literal["quick", "few-weights", "paper", "zhou"] = "quick"
+    """The recipe: the defaults below are those of the --method and --model given. quick: few epochs. few-weights: the
+    same, of edge-popup at 10 % and less. paper: the published settings, 100 or 160 epochs. zhou: Zhou et al.'s settings
+    of bernoulli, 2000 epochs of Conv4."""
     model: Model = Model(model=presets.CIFAR_MODEL)
     data: Data = Data(dataset="cifar10")
 
 
-def defaults(preset: str = "quick", method: str = "edge-popup", model: str = presets.CIFAR_MODEL) -> dict:
+def defaults(
+    preset: str = "quick", method: str = "edge-popup", model: str = presets.CIFAR_MODEL, density: float | None = None
+) -> dict:
     """The settings of a preset for a method and a model, as far as they differ from the fields' own defaults."""
-    return presets.cifar(preset, method, model)
+    return presets.cifar(preset, method, model, density)
 
 
 def main(config: Config) -> dict:

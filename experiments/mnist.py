@@ -8,9 +8,10 @@ network's weights, for comparison. The other methods train the weights under mas
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.config import presets
 from experiments.config.flags import parser
-from experiments.config.presets import MNIST, recipe
 from experiments.config.run import Run
+from experiments.config.sections import Model
 from experiments.run import command_line
 
 PROG = "python -m experiments.mnist"
@@ -20,14 +21,17 @@ PROG = "python -m experiments.mnist"
 class Config(Run):
     """Find a supermask on MNIST: a subnetwork of a random network, none of whose weights is ever trained."""
 
-    preset: Literal["best", "tutorial", "zhou"] = "best"
-    """Our best recipe, the published tutorial (of edge-popup), or Zhou et al.'s published settings (of bernoulli): the
-    defaults below are those of the --preset and --method given."""
+    preset: Literal["best", "few-weights", "tutorial", "zhou"] = "best"
+    """Our best recipe; few-weights, our recipe for edge-popup at 10 % and less; the published tutorial (of edge-popup);
+    or zhou, Zhou et al.'s published settings (of bernoulli): the defaults below are those of the --preset and --method
+    given."""
 
 
-def defaults(preset: str = "best", method: str = "edge-popup") -> dict:
+def defaults(
+    preset: str = "best", method: str = "edge-popup", model: str = Model.model, density: float | None = None
+) -> dict:
     """The settings of a preset for a method, as far as they differ from the fields' own defaults."""
-    return recipe(MNIST, preset, method)
+    return presets.mnist(preset, method, model, density)
 
 
 def main(config: Config) -> dict:

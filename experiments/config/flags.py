@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import docstring_parser  # tyro reads docstrings with it
@@ -29,8 +29,9 @@ def parser(config_type: type, defaults: Callable[..., dict] = lambda: {}) -> Cal
 
     Args:
       config_type: a frozen dataclass of sections, with a method `check`.
-      defaults: from a choice of the user (its parameters: preset, method, model, as far as it has them) to {flat name:
-        value}, the values in place of the fields' own defaults. What the user does not choose, it is not given.
+      defaults: from a choice of the user (its parameters: preset, method, model, density, as far as it has them) to
+        {flat name: value}, the values in place of the fields' own defaults. What the user does not choose, it is not
+        given.
     """
     return partial(_parse, config_type, defaults)
 
@@ -42,8 +43,8 @@ def _parse(config_type: type, defaults: Callable[..., dict], prog: str, args: li
       UserError: a setting is out of range, or nothing reads an option that is set.
     """
     args = [_renamed(arg) for arg in args]
-    chosen = _choices(config_type, args)
     asked = inspect.signature(defaults).parameters
+    chosen = _choices(config_type, args, asked)
     base = settings.changed(config_type(), **defaults(**{k: v for k, v in chosen.items() if k in asked}))
     # tyro breaks no description into lines, so that a terminal would, within words. It keeps breaks before an indent.
     columns, text = shutil.get_terminal_size().columns, inspect.getdoc(config_type) or ""
@@ -82,18 +83,24 @@ def _renamed(arg: str) -> str:
     return RENAMED.get(name, name) + sign + value
 
 
-def _choices(config_type: type, args: list[str]) -> dict[str, str]:
-    """The flags of fields with a fixed set of values, read ahead of the rest: presets depend on them, and a wrong
-    one gets an answer that names the nearest right one."""
+def _choices(config_type: type, args: list[str], asked: Iterable[str]) -> dict[str, str | float]:
+    """The flags of fields with a fixed set of values, and of the numbers asked for, read ahead of the rest: presets
+    depend on them, and a wrong value of a fixed set gets an answer that names the nearest right one."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     valid = {}
     for field in settings.fields(config_type):
-        if typing.get_origin(field.type) is typing.Literal:
-            valid[field.name] = typing.get_args(field.type)
+        fixed = typing.get_origin(field.type) is typing.Literal
+        if fixed or field.name in asked:
+            valid[field.name] = typing.get_args(field.type) if fixed else None
             scan.add_argument("--" + field.name.replace("_", "-"), dest=field.name, nargs="?")
     chosen = {k: v for k, v in vars(scan.parse_known_args(args)[0]).items() if v is not None}
+    for name in [name for name in chosen if valid[name] is None]:
+        try:
+            chosen[name] = float(chosen[name])
+        except ValueError:  # the parser of all flags says what is wrong
+            del chosen[name]
     for name, value in chosen.items():
-        if value not in valid[name]:
+        if valid[name] is not None and value not in valid[name]:
             near = [v for v in valid[name] if v.startswith(value.lower())]
             near = near or difflib.get_close_matches(value.lower(), valid[name], n=1, cutoff=0.3)
             hint = f"did you mean {near[0]!r}? " if near else ""

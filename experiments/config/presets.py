@@ -26,6 +26,9 @@ ZHOU = {
     "schedule": "constant",
 }
 
+# For fewer weights than the half at which the other recipes were chosen; `_few_weights` adds the learning rate.
+FEW_WEIGHTS = {"density": 0.1, "distribution": "erk", "scale_layers": True}
+
 Recipes = Mapping[tuple[str, str], Mapping]  # (preset, method): settings
 
 
@@ -41,6 +44,7 @@ def _best(weights_learn: dict, scores_learn: dict) -> dict:
 MNIST: Recipes = {
     **_best(WEIGHTS_LEARN, SCORES_LEARN),
     ("best", "bernoulli"): {"init": "signed-deviation", "rescale": True, "learning_rate": 200.0, "shift": 1},
+    ("few-weights", "edge-popup"): {**SCORES_LEARN, **FEW_WEIGHTS},
     ("tutorial", "edge-popup"): TUTORIAL,
     ("tutorial", "dense"): TUTORIAL,
     ("zhou", "bernoulli"): ZHOU,
@@ -69,6 +73,7 @@ CIFAR_MODEL = "resnet-20"  # where neither a flag nor a recipe names one
 CIFAR: Recipes = {
     **{("quick", method): settings for (_, method), settings in _best(_CIFAR_WEIGHTS, _CIFAR_SCORES).items()},
     ("quick", "bernoulli"): _CIFAR_BERNOULLI,
+    ("few-weights", "edge-popup"): {**_CIFAR_SCORES, **FEW_WEIGHTS},
     ("paper", "edge-popup"): {**_CIFAR_PAPER, "weight_decay": 1e-4},
     ("paper", "dense"): {**_CIFAR_WEIGHTS, **_CIFAR_PAPER, "learning_rate": 0.01},
     ("paper", "bernoulli"): {**_CIFAR_PAPER, "learning_rate": 200.0, "init": "signed-deviation"},
@@ -187,12 +192,29 @@ def best_recipe(dataset: str, method: str, model: str) -> dict:
     return cifar("quick", method, model) if is_cifar(dataset) else recipe(MNIST, "best", method)
 
 
-def cifar(preset: str, method: str, model: str) -> dict:
-    """The settings of a preset of `experiments.cifar`; arguments and errors as in `recipe`.
+def mnist(preset: str, method: str, model: str, density: float | None = None) -> dict:
+    """The settings of a preset of `experiments.mnist`; arguments and errors as in `recipe`.
+
+    Args:
+      model: the network's name.
+      density: fraction kept, where the user names it; the learning rate for few weights falls with it.
+    """
+    return _few_weights(recipe(MNIST, preset, method), model, density)
+
+
+def _few_weights(settings: dict, model: str, density: float | None) -> dict:
+    """A preset's settings, with the learning rate if it is the preset for few weights."""
+    if settings["preset"] == "few-weights":
+        settings["learning_rate"] = edge_popup_rate(model, density or settings["density"], by_layer=True)
+    return settings
+
+
+def cifar(preset: str, method: str, model: str, density: float | None = None) -> dict:
+    """The settings of a preset of `experiments.cifar`; arguments and errors as in `mnist`.
 
     The quick recipe has a lower rate where weights learn in a network without BatchNorm: at 0.03, Conv2 falls to 10 %.
     """
-    settings = recipe(CIFAR, preset, method)
+    settings = _few_weights(recipe(CIFAR, preset, method), model, density)
     if preset == "quick" and METHODS[method].learns == "weights" and "affine" not in MODELS[model].reads:
         settings["learning_rate"] = 0.01  # of 10,000 images, Adam at 0.0005 and 0.001 did worse in three epochs
     return settings

@@ -336,6 +336,30 @@ def test_a_preset_sets_defaults_and_flags_override_them():
     assert not parsed(mnist, "--method", "bernoulli", "--no-rescale").masks.rescale
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "density", "rate"),
+    [
+        (mnist, "--model lenet-300-100 --density 0.02", 0.02, 0.02),
+        (mnist, "--density=0.05", 0.05, 0.01),  # with convolutions, a fifth of the density
+        (cifar, "--model conv2", 0.1, 0.02),
+        (cifar, "--density 0.9", 0.9, 0.1),
+        (cifar, "--density 0.01 --learning-rate 0.3", 0.01, 0.3),
+    ],
+)
+def test_the_recipe_for_few_weights_has_a_learning_rate_that_falls_with_the_density(command, flags, density, rate):
+    config = parsed(command, "--preset", "few-weights", *flags.split())
+    assert config.optim.learning_rate == rate
+    assert (config.masks.distribution, config.init.scale_layers) == ("erk", True)
+    assert config.masks.density == density
+
+
+@pytest.mark.parametrize("density", ("0", "1.5", "nan", "half"))
+def test_a_density_that_is_none_is_refused_as_such_whatever_the_recipe_makes_of_it(density, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
+        parsed(mnist, "--preset", "few-weights", "--density", density)
+    assert "density" in str(error.value) + capsys.readouterr().err
+
+
 def test_the_defaults_of_cifar_are_a_resnet_on_cifar():
     config = parsed(cifar, "--method", "snip")
     assert (config.model.model, config.data.dataset, config.model.affine) == ("resnet-20", "cifar10", True)
