@@ -4,6 +4,7 @@ Every tree is measured in a process of its own, whose peak of memory is the sele
 eight fake ones. Of real pods there is the cost model's time only.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 import supermask_jax as sm
-from experiments.bench.cost_model import CHIPS, FLOAT, Network, cost_model
+from experiments.bench.cost_model import CHIPS, Network, cost_model
 from experiments.bench.networks import describe, shardings_of, split_layers
 from experiments.bench.one_device import peak_memory
 from experiments.bench.rows import interleaved, row
@@ -23,11 +24,11 @@ from experiments.run.surroundings import free_on
 from supermask_jax import parallel
 
 DENSITY = 0.5
-DEVICES = (1, 8)
-PASSES = 32  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
-# Bytes of a score that a process needs: scores, masks, keys, and flat indices where equal scores straddle the cut. Of
-# 355 million scores, 18 were measured on one device and 23 on eight. A tree that needs more is left out, and named.
-NEEDED = 6 * FLOAT
+PASSES = 20  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
+# {devices: bytes of a score that a process may need}: the score, its mask, its key, and what counting the largest array
+# takes. Of 355 million scores, 12 were measured on one device, and 15 to 17 on eight. A tree that may need more than is
+# free is left out, and named.
+NEEDED = {1: 12.5, 8: 17.5}
 
 
 def transformer(layers: int, width: int, vocabulary: int, positions: int) -> dict[str, tuple[int, ...]]:
@@ -67,9 +68,9 @@ def measure(rounds: int, status: Callable) -> dict[str, Any]:
     for name, shapes in TREES.items():
         tree = shapes()
         sizes = [math.prod(shape) for shape in tree.values()]
-        for devices in DEVICES:
+        for devices in NEEDED:
             of = {"tree": name, "devices": devices, "scores": sum(sizes), "arrays": len(sizes)}
-            if free is None or sum(sizes) * NEEDED > free:
+            if free is None or sum(sizes) * NEEDED[devices] > free:
                 of["left_out"] = "it may need more memory than is free, or nothing tells how much is free"
             else:
                 with status(f"selection of {name}, {devices} device{'s' * (devices > 1)}"):
@@ -110,7 +111,9 @@ def time_tree(shapes: Mapping[str, Sequence[int]], rounds: int) -> dict[str, Any
     began = time.perf_counter()
     compiled = select.lower(scores).compile()
     compile_seconds = time.perf_counter() - began
-    seconds = interleaved({"selection": lambda: compiled(scores)}, rounds)["selection"].tolist()
+    # Between two selections, because the masks of the last one are only freed when Python collects its garbage.
+    turns = {"selection": lambda: compiled(scores), "garbage": gc.collect}
+    seconds = interleaved(turns, rounds)["selection"].tolist()
     return {"seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak_memory()}
 
 

@@ -11,7 +11,7 @@ KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|coll
 COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({KINDS})(?:-start)?\(")
 HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(\w+)=(?:%([\w.-]+)|\{(%[^}]*)\})")
-LOOPS, BRANCHES = ("body", "condition"), ("branch_computations", "true_computation", "false_computation")
+LOOPS = ("body", "condition")
 
 
 class Collective(NamedTuple):
@@ -23,7 +23,6 @@ class Collective(NamedTuple):
     name: str  # the operation that it is part of, with its scopes: "jit(step)/jvp(selection)/while/body/reduce_sum"
     trips: int = 1  # how often it runs in a run of the program, where no trips depend on data
     data_loops: int = 0  # how many loops around it have a number of trips that depends on data
-    conditional: bool = False  # in a branch, which may not be taken
 
 
 class _Use(NamedTuple):
@@ -31,7 +30,6 @@ class _Use(NamedTuple):
 
     by: str
     trips: int | None = 1  # None where they depend on data
-    conditional: bool = False
 
 
 def collectives(program: str) -> list[Collective]:
@@ -54,7 +52,7 @@ def collectives(program: str) -> list[Collective]:
         for role, one, several in CALLED.findall(line):
             for called in [one] if one else re.findall(r"%([\w.-]+)", several):
                 trips = 1 if role not in LOOPS else int(known[1]) if known else None
-                uses.setdefault(called, _Use(computation, trips, role in BRANCHES))
+                uses.setdefault(called, _Use(computation, trips))
     return [_in_its_loops(one, where, uses) for where, one in seen]
 
 
@@ -63,7 +61,6 @@ def _in_its_loops(one: Collective, computation: str, uses: dict[str, _Use]) -> C
         one = one._replace(
             trips=one.trips * (use.trips or 1),
             data_loops=one.data_loops + (use.trips is None),
-            conditional=one.conditional or use.conditional,
         )
         computation = use.by
     return one

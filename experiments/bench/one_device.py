@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import supermask_jax as sm
+from experiments.bench import operations
 from experiments.bench.rows import compared, interleaved, row
 from experiments.bench.torch_steps import torch_steps
 from experiments.bench.train_step import DENSITY, OurStep, Sizes, Start, first_batch, noise
@@ -91,7 +92,7 @@ def our_steps(start: Start, batch: int, sizes: Sizes) -> dict[str, OurStep]:
 
 
 def measure_cifar(rounds: int, torch: bool, status: Status) -> dict:
-    """Measures the step, its compilation and the selection of the networks of CIFAR-10, one after the other.
+    """Measures the networks of CIFAR-10: the step, its compilation, the selection; and convolutions by themselves.
 
     Args:
       rounds: times that each candidate is measured.
@@ -119,6 +120,8 @@ def measure_cifar(rounds: int, torch: bool, status: Status) -> dict:
             select = _selection(DENSITY, scores)
             seconds = interleaved(_selections(select, scores, DENSITY), rounds)
             rows += compared(group, seconds, SELECTION_RATIOS[:1])
+    with status("convolutions"):
+        rows += operations.measure(CIFAR_BATCH, rounds, torch)
     return {"rows": rows}
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from experiments.training import summary
 
 WARM_UP = 2  # rounds that are not counted
+PAUSE = 0.02  # seconds after a turn: threads of other libraries wait busily for a while, and would slow the next one
 HOLDS = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -45,6 +46,7 @@ def interleaved(candidates: dict[Any, Callable[[], Any]], rounds: int) -> dict[A
             began = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - began)
+            time.sleep(PAUSE)
     return {name: np.array(times[WARM_UP:]) for name, times in seconds.items()}
 
 

@@ -100,11 +100,11 @@ def rows(measured: dict) -> list[dict]:
 def totals(one: dict) -> dict[str, int]:
     """Bytes of the results of a step's collectives, per device: "others", and of selection "once" and "a pass".
 
-    "once" includes what the second search among equal scores needs; "a pass" costs the same in both searches.
+    "once" is for two searches: a second one follows among equal scores at the cut. "a pass" costs the same in both.
     """
     sums = {part: sum(kinds.values()) for part, kinds in one["parts"].items()}
     return {
         "others": sum(size for part, size in sums.items() if "selection" not in part),
-        "once": sum(size for part, size in sums.items() if "once" in part),
-        "a pass": max([size for part, size in sums.items() if "a pass" in part], default=0),
+        "once": 2 * sums.get("selection, a search", 0),
+        "a pass": sums.get("selection, a pass", 0),
     }

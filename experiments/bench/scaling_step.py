@@ -21,6 +21,7 @@ from experiments.bench import hlo
 from experiments.bench.networks import NETWORKS, describe
 from experiments.bench.rows import interleaved
 from supermask_jax import parallel
+from supermask_jax.trees import Tree
 
 DENSITY = 0.5
 SPEED_NET = "mnist-convnet"
@@ -118,9 +119,10 @@ def traffic(name: str, layout: Holding, batch: int, as_on_accelerators: bool = T
 
 
 def part_of(one: hlo.Collective) -> str:
-    """The part of a step that a collective belongs to. Those of a second search run only where scores tie at a cut."""
+    """The part of a step that a collective belongs to. A selection loops over searches, and a search over passes."""
     if "selection" in one.name:
-        return ("selection, a pass" if one.data_loops else "selection, once") + (", ties" if one.conditional else "")
+        assert one.data_loops, f"a collective of the selection is in no loop: {one}"
+        return "selection, a pass" if one.data_loops > 1 else "selection, a search"
     return "batch statistics" if "norm" in one.name else "rest"
 
 
@@ -194,17 +196,21 @@ def passes(name: str) -> dict[str, int]:
         "normal": normal,
         "tied": jax.tree.map(lambda s: jnp.round(s, 1), normal),
     }
-    counted = {}
-    for kind, of in scores.items():
-        trips = []
+    return {kind: count_passes(jax.tree.map(jnp.abs, of)) for kind, of in scores.items()}
 
-        def loop(more, body, state, trips=trips):
-            while more(state):
-                state = body(state)
-                trips.append(1)
-            return state
 
-        with jax.disable_jit(), mock.patch.object(jax.lax, "while_loop", loop):
-            sm.layerwise_masks(jax.tree.map(jnp.abs, of), DENSITY)
-        counted[kind] = len(trips)
-    return counted
+def count_passes(scores: Tree) -> int:
+    """How many passes the selection of half of these scores makes over them, its searches together."""
+    passes = []
+
+    def loop(more, body, state):
+        while more(state):
+            before = len(passes)
+            state = body(state)
+            if len(passes) == before:  # a pass; the loop around it is over searches
+                passes.append(1)
+        return state
+
+    with jax.disable_jit(), mock.patch.object(jax.lax, "while_loop", loop):
+        sm.layerwise_masks(scores, DENSITY)
+    return len(passes)

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.bench.cost_model import CHIPS, collective_bytes, cost_model, most_passes
 from experiments.bench.networks import describe, split_layers
+from experiments.bench.operations import KINDS
 from experiments.bench.rows import short
 from experiments.bench.scaling import totals
 from experiments.bench.scaling_step import LAYOUTS
@@ -124,6 +125,17 @@ def _compared(lines: dict[str, dict], name: str) -> str:
     return f"{line['median']:.2f} x ({times} {lines[parts[0]]['unit']}){target}"
 
 
+def operations_table(measured: dict) -> str:
+    """Milliseconds of single convolutions and BatchNorms: a row for each shape."""
+    groups = {group: lines for group, lines in _groups(measured).items() if group.startswith("convolution, ")}
+    lines = []
+    for group, own in groups.items():
+        ms = {line["name"]: short(line["median"]) for line in own if line["unit"] == "ms"}
+        kinds = (*KINDS, "torch, all three", "BatchNorm", "torch, BatchNorm")
+        lines.append((group.removeprefix("convolution, "), *(ms.get(kind, "") for kind in kinds)))
+    return table(("ms", *KINDS, "PyTorch", "BatchNorm", "PyTorch"), lines)
+
+
 def partition_table(measured: dict) -> str:
     """Selection beside numpy.partition: a row for each kind of scores, a column for each density."""
     ratios = {
@@ -162,6 +174,7 @@ def _groups(measured: dict) -> dict[str, list[dict]]:
 TABLES = {
     "machine": machine_line,
     "steps": steps_table,
+    "operations": operations_table,
     "selection beside numpy.partition": partition_table,
     "growth": growth_table,
     "faults": faults_table,

@@ -99,6 +99,35 @@ def make_steps(
     }
 
 
+def make_operations(
+    images: np.ndarray, kernel: np.ndarray, gradient: np.ndarray, *, threads: int
+) -> dict[str, Callable[[int], None]]:
+    """{name: run}, where run(times) does a convolution or a BatchNorm and its gradients so many times.
+
+    Args:
+      images: float32 [n, h, w, c].
+      kernel: float32 [h, w, in, out].
+      gradient: of the convolution's result, and of the BatchNorm's.
+      threads: that torch may use.
+    """
+    torch.set_num_threads(threads)
+    x, g = (torch.tensor(of).permute(0, 3, 1, 2) for of in (images, gradient))  # channels last, as torch is fastest
+    k = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+    for tensor in (x, k, scale, shift):
+        tensor.requires_grad_()
+
+    def convolution(times: int) -> None:
+        for _ in range(times):
+            torch.autograd.grad(F.conv2d(x, k, padding=1), (x, k), g)
+
+    def norm(times: int) -> None:
+        for _ in range(times):
+            torch.autograd.grad(F.batch_norm(x, None, None, scale, shift, training=True), (x, scale, shift), g)
+
+    return {"torch, all three": convolution, "torch, BatchNorm": norm}
+
+
 def logits(graph: Sequence[Step], params: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The logits of a network in training, for images [n, c, h, w]: BatchNorm takes the batch's own statistics."""
     values = {"images": x}

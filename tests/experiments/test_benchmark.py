@@ -11,7 +11,7 @@ import pytest
 
 import supermask_jax as sm
 from experiments import benchmark
-from experiments.bench import growth, one_device, rows, torch_steps, train_step
+from experiments.bench import growth, one_device, operations, rows, tables, torch_steps, train_step
 from experiments.config.sections import Model
 from experiments.run.errors import UserError
 from supermask_jax.trees import by_path
@@ -50,6 +50,25 @@ def test_end_to_end_without_torch(monkeypatch, tmp_path, capsys):
     }
     assert not any(line["name"].startswith("torch") for line in result["rows"])
     assert "torch not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_networks_of_cifar_and_single_convolutions_are_measured(monkeypatch):
+    sizes, faster = one_device.CIFAR["conv2"]
+    tiny = sizes._replace(model=Model(model="conv2", width=0.05), images=256, examples_per_turn=128)
+    monkeypatch.setattr(one_device, "CIFAR", {"conv2": (tiny, faster)})
+    monkeypatch.setattr(operations, "SHAPES", ((4, 6),))
+    result = benchmark.main(benchmark.Config(rounds=2, cifar=True, skip_torch=True))
+    check_rows(result["rows"])
+    names = {}
+    for line in result["rows"]:
+        names.setdefault(line["group"], []).append(line["name"])
+    assert {"compiling, edge-popup / dense", "edge-popup / dense", "selection / numpy.partition"} <= set(
+        names["conv2, batch 128"]
+    )
+    assert names["convolution, 4 channels, 6 x 6"] == [*operations.KINDS, "BatchNorm"]
+    (row,) = [line for line in tables.operations_table(result).splitlines() if "4 channels" in line]
+    assert row.count("|") == 10 and row.endswith("|  |")  # PyTorch was not measured
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ LATE = {
     },
     "bench/reading.py": {"_pixels": {"PIL"}},
     # PyTorch and the other libraries are not among the requirements.
+    "bench/operations.py": {"_theirs": {"experiments.bench.torch_reference"}},
     "bench/torch_steps.py": "any",
     "bench/runtimes.py": "any",
 }

@@ -4,6 +4,8 @@ import json
 import math
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from compiling import QUICK
 
@@ -47,9 +49,8 @@ def test_selection_of_split_scores_exchanges_as_many_bytes_a_layer_for_25_millio
     samples = 4 * SAMPLE * 4  # four times a sample of int32: gathered, and what gathering it takes
     for one in (small, large):
         exchanged = selection(one)
-        for search in ("", ", ties"):
-            assert exchanged[f"selection, a pass{search}"] == 4 * one["layers"]
-            assert 0 < exchanged[f"selection, once{search}"] <= samples * one["layers"]
+        assert exchanged["selection, a pass"] == 4 * one["layers"]
+        assert 0 < exchanged["selection, a search"] <= samples * one["layers"]
         assert one["count"]["selection, a pass"] == 1  # all layers in one collective
     assert samples * large["layers"] < large["scores"] / 1000
 
@@ -75,7 +76,7 @@ def test_the_formulae_give_the_bytes_of_the_compiled_step_exactly(compiled, desc
     split = networks.split_layers(network.scores, DEVICES)
     assert split == set(network.scores)  # eight divides something of every layer
     formulae = collective_bytes(network, layout, split, passes=1)
-    parts = {part: dict(kinds) for part, kinds in one["parts"].items() if part[-4:] != "ties" and "once" not in part}
+    parts = {part: dict(kinds) for part, kinds in one["parts"].items() if part != "selection, a search"}
     assert parts.pop("batch statistics", {"all-reduce": 0}) == formulae["batch statistics"]
     assert parts.pop("selection, a pass", None) == formulae.get("selection")
     assert parts == {"rest": formulae["gradients and loss"] | formulae.get("weights", {})}
@@ -143,6 +144,21 @@ def test_passes_over_scores_are_within_the_bound():
     largest = max(math.prod(shape) for shape in networks.describe(SMALL).scores.values())
     assert counted.keys() == {"uniform", "normal", "tied"}
     assert all(1 <= n <= most_passes(largest) for n in counted.values())
+    assert max(counted.values()) <= 18  # 15, 11 and 11 when this was written
+
+
+@pytest.mark.parametrize("size", (3, 10, 17, 100, 512))
+def test_a_layer_that_the_sample_holds_whole_takes_one_pass_or_three_where_scores_tie(size):
+    scores = np.random.default_rng(size).standard_normal(size, np.float32)
+    assert scaling_step.count_passes({"": jnp.asarray(scores)}) == 1
+    assert scaling_step.count_passes({"": jnp.zeros(size, jnp.float32)}) == 3
+
+
+@pytest.mark.parametrize("sizes", ((10, 17), (512, 300), (600, 1023, 40)))
+def test_so_do_several_such_layers_in_one_array(sizes):
+    scores = {str(n): np.random.default_rng(n).standard_normal(n, np.float32) for n in sizes}
+    assert scaling_step.count_passes(scores) == 1
+    assert scaling_step.count_passes({name: np.zeros_like(layer) for name, layer in scores.items()}) == 3
 
 
 @pytest.mark.slow
