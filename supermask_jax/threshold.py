@@ -4,10 +4,10 @@ Scores become integer order keys (`order_key`). The search is for a threshold t 
 pass compares every key with one probe per group and needs only a sum of counts. All layers therefore share a pass,
 scores that are sharded over devices stay so, and the result does not depend on their layout.
 
-Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts, which is
-fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of passes is bounded for
-any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both sides of the cut, the
-same search runs again over their flat indices.
+Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts between
+two scores, which is fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of
+passes is bounded for any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both
+sides of the cut, the same search runs again over their flat indices.
 
 On a single CPU, a pass counts only arrays in which a search is still open. On one device, small layers share an array,
 so that the program hardly grows with their number.
@@ -23,11 +23,12 @@ import numpy as np
 from jax import lax
 
 INT32_MIN, INT32_MAX = np.int32(-(2**31)), np.int32(2**31 - 1)
+FINITE = np.finfo(np.float32).max.view(np.int32)  # the order key of the highest finite float; the lowest has -FINITE
 EXACT_IN_FLOAT32 = 2**24
 SAMPLE = 2**9  # keys per group that guide the search
 SMALL = 2**16  # keys of the largest layers that share an array with others
 ROW = 2**9  # keys of a row of such an array
-FEW = 16  # keys in a bracket that are not worth an interpolation
+FEW = 8  # keys in a bracket that are not worth an interpolation
 
 
 def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
@@ -38,6 +39,12 @@ def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
     key = jnp.where(bits >= 0, jnp.minimum(bits, INT32_MAX - 1), INT32_MIN - bits)
     return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
+
+
+def _score(key: jax.Array) -> jax.Array:
+    """float32 of these order keys; the finite one of the same sign that is nearest, where no finite float has it."""
+    key = jnp.clip(key, -FINITE, FINITE)
+    return lax.bitcast_convert_type(jnp.where(key >= 0, key, INT32_MIN - key), jnp.float32)
 
 
 class _Place(NamedTuple):
@@ -202,8 +209,7 @@ def _ranked(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
             return numbers, bracket._replace(
                 low=jnp.where(straddles, 0, bracket.low),
                 high=jnp.where(straddles, sizes, bracket.high),
-                turn=jnp.full_like(sizes, HINT_LOW),
-                before=bracket.at_low - bracket.at_high,
+                by_index=bracket.by_index | straddles,
             )
 
         return lax.cond(jnp.any(straddles), among_ties, lambda: (keys, bracket))
@@ -213,8 +219,9 @@ def _ranked(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
         high=jnp.full_like(sizes, INT32_MAX),
         at_low=sizes,
         at_high=jnp.zeros_like(sizes),
-        turn=jnp.full_like(sizes, HINT_LOW),
-        before=sizes,
+        turn=jnp.zeros_like(sizes),
+        before=jnp.zeros_like(sizes),
+        by_index=sizes < 0,  # False, as many as there are groups
     )
     keys, bracket = lax.while_loop(lambda state: jnp.any(_is_open(state[1], wanted)), search, (keys, start))
     return [
@@ -232,9 +239,10 @@ class _Bracket(NamedTuple):
     at_high: jax.Array
     turn: jax.Array  # what the next probe does: one of the turns below
     before: jax.Array  # at_low - at_high when the current round of turns began
+    by_index: jax.Array  # whether the keys are flat indices, and no scores
 
 
-HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, SNAP, STEP, HALVE = range(7)
+HINT_LOW, HINT_HIGH, AIM, OVERSHOOT, FARTHER, SNAP, STEP, HALVE = range(8)
 
 
 def _is_open(b: _Bracket, wanted: jax.Array) -> jax.Array:
@@ -245,9 +253,12 @@ def _search(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
     """The bracket of each group's threshold: at_low == wanted, or high == low + 1 (equal keys straddle the cut).
 
     keys: int32 arrays; places[i]: where keys[i] is ranked; wanted: int32 [groups], each in [1, keys of the group]
-    (a group that wants 0 keys is closed from the start); start: brackets that hold the thresholds.
+    (a group that wants 0 keys is closed from the start); start: brackets that hold the thresholds, at any turn.
     """
     sample = _sample(keys, places, wanted)
+    # Equal scores lie anywhere, so that interpolating their indices needs no hint.
+    first = jnp.where(start.by_index & ~sample.whole, AIM, HINT_LOW)
+    start = start._replace(turn=first, before=start.at_low - start.at_high)
     # A CPU counts only arrays that have an open group. On a mesh all counts are one exchange, and a GPU waits for every
     # condition.
     skips = jax.default_backend() == "cpu" and jax.device_count() == 1
@@ -267,7 +278,7 @@ def _search(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
         up, down = _is_open(b, wanted) & (at >= wanted), _is_open(b, wanted) & (at < wanted)
         at_low, at_high = jnp.where(up, at, b.at_low), jnp.where(down, at, b.at_high)
         stalled = at_low - at_high > b.before // 4
-        over = (b.turn == HALVE) | ((b.turn == OVERSHOOT) & ~stalled)
+        over = (b.turn == HALVE) | (~stalled & ((b.turn == OVERSHOOT) | (b.turn == FARTHER)))
         turn = jnp.where(over, AIM, b.turn + 1)
         return _Bracket(
             jnp.where(up, probe, b.low),
@@ -276,6 +287,7 @@ def _search(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
             at_high,
             turn,
             jnp.where(turn == AIM, at_low - at_high, b.before),
+            b.by_index,
         )
 
     return lax.while_loop(lambda b: jnp.any(_is_open(b, wanted)), step, start)
@@ -294,20 +306,24 @@ def _probe(b: _Bracket, wanted: jax.Array, sample: _Sample) -> jax.Array:
     """A key strictly inside each bracket, which the turn chooses.
 
     HINT_LOW and HINT_HIGH come from the sample. AIM goes where the counts, interpolated, say that the threshold is.
-    OVERSHOOT goes as far past it as the nearer end is from it, to bring in the farther end. Where these do not help,
-    many keys are equal: SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects, and
-    so does every probe while few keys are left, unless the sample tells the threshold.
+    OVERSHOOT goes past it, to bring in the farther end: by the root of the nearer end's distance, by which smooth
+    scores make an aim miss. FARTHER goes past by all of that distance. Where these do not help, many keys are equal:
+    SNAP goes to a sampled key near the aim, STEP leaves the lower end just out. HALVE bisects, and so does every probe
+    while few keys are left, unless the sample tells the threshold.
     """
     width = _width(b)
-    near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1)
-    past = jnp.where(b.at_low - wanted > wanted - b.at_high, near, -near)
-    aim = wanted + jnp.where(b.turn == OVERSHOOT, past, 0)
-    above, between = (difference.astype(jnp.float32) for difference in (b.at_low - aim, b.at_low - b.at_high))
-    share = jnp.clip(above / jnp.maximum(between, 1), 0, 1)
-    offset = jnp.where(b.turn == STEP, 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
+    near = jnp.maximum(jnp.minimum(b.at_low - wanted, wanted - b.at_high), 1).astype(jnp.float32)
+    past = jnp.where(b.turn == OVERSHOOT, jnp.sqrt(near), jnp.where(b.turn == FARTHER, near, 0))
+    past = jnp.where(b.at_low - wanted > wanted - b.at_high, past, -past)
+    above, between = ((b.at_low - count).astype(jnp.float32) for count in (wanted, b.at_high))
+    share = jnp.clip((above - past) / jnp.maximum(between, 1), 0, 1)
     few = (b.at_low - b.at_high <= FEW) & ~sample.whole
+    offset = jnp.where(b.turn == STEP, 1, (width.astype(jnp.float32) * share).astype(jnp.uint32))
     offset = jnp.where(few | (b.turn == HALVE), width >> 1, offset)
     probe = b.low + jnp.clip(offset, 1, jnp.maximum(width, 2) - 1).astype(jnp.int32)
+    scored = order_key(_score(b.low) * (1 - share) + _score(b.high) * share)
+    by_key = few | b.by_index | (b.turn == STEP) | (b.turn == HALVE)
+    probe = jnp.clip(jnp.where(by_key, probe, scored), b.low + 1, b.high - 1)
     at_least = sample.keys >= probe[:, None]
     above = jnp.min(jnp.where(at_least, sample.keys, INT32_MAX), axis=1)
     below = jnp.max(jnp.where(at_least, INT32_MIN, sample.keys), axis=1)

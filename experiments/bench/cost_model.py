@@ -156,12 +156,12 @@ def collective_bytes(
 def most_passes(scores: int) -> int:
     """The most passes that selection can need in a layer of so many scores; all layers share each pass.
 
-    The search has rounds. A round of two probes (aim, overshoot) leaves at most a quarter of the scores between the
-    ends of the bracket; where it does not, three more probes halve the bracket's width. There are less than 2**32 keys,
-    so 32 halvings end a search, and log4(scores) quarterings do. While few scores are left, every probe is a halving.
-    Two probes from the sample come first. Where equal scores straddle the cut, a second search runs over their flat
-    indices.
+    The search has rounds. A round of two or three probes (aim, overshoot, farther) leaves at most a quarter of the
+    scores between the ends of the bracket; where it does not, three more halve the bracket's width. There are less than
+    2**32 keys, so 32 halvings end a search, and log4(scores) quarterings do. While few scores are left, every probe is
+    a halving. Two probes from the sample come first. Where equal scores straddle the cut, a second search runs over
+    their flat indices.
     """
     quarterings = math.ceil(math.log(max(scores, 1), 4)) + 1
-    by_key, by_index = (2 + 2 * quarterings + 5 * halvings for halvings in (32, math.ceil(math.log2(scores + 1)) + 1))
+    by_key, by_index = (2 + 3 * quarterings + 6 * halvings for halvings in (32, math.ceil(math.log2(scores + 1)) + 1))
     return by_key + by_index

@@ -24,7 +24,7 @@ from experiments.run.surroundings import free_on
 from supermask_jax import parallel
 
 DENSITY = 0.5
-PASSES = 20  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
+PASSES = 18  # that the cost model counts: as many as ResNet-50 needed on uniform scores (results/scaling.json)
 # {devices: bytes of a score that a process may need}: the score, its mask, its key, and what counting the largest array
 # takes. Of 355 million scores, 12 were measured on one device, and 15 to 17 on eight. A tree that may need more than is
 # free is left out, and named.
