@@ -106,16 +106,18 @@ def _is_one_of_several() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Asks glibc to keep large freed blocks. XLA allocates its buffers anew at every step; on a virtual machine the
-    page faults of giving them back and forth cost up to a third of a step. Only the commands do this: importing a
-    library should not change a process."""
+    """Asks glibc to keep freed blocks of any size. XLA allocates its buffers anew at every step, and on a virtual
+    machine the page faults of giving them back and forth cost up to a third of a step. It does so in threads, whose own
+    heaps hold no large block: all threads share one heap. Only the commands do this: importing a library should not
+    change a process."""
     if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_"):
         return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # from malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never trim
         libc.mallopt(m_top_pad, 2**28)
     except (OSError, AttributeError):  # another C library: slower, not wrong
         return
