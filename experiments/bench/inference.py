@@ -7,7 +7,7 @@ candidate multiplies by the masks: that is done once, before.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +33,10 @@ from experiments.training.network import Network, network
 from supermask_jax.commands import graphs, networks, onnx_file
 from supermask_jax.trees import Tree, apply_masks, by_path, ones_and_sizes
 
-NETWORKS = ("lenet-300-100", "convnet")
+NETWORKS = {"lenet-300-100": {1: 100, 256: 20}, "convnet": {1: 100, 256: 2}}
+"""{name: {images of a batch: calls in a turn}}: the first call of a turn finds the caches full of another's data."""
 METHODS = ("edge-popup", "gradual")
 DENSITIES = (0.5, 0.1, 0.02, 0.005)
-CALLS = {1: 100, 256: 2}
-"""{images of a batch: calls in a turn}: the first call of a turn finds the caches full of another candidate's data."""
 EPOCHS, BATCH_SIZE = 10, 64
 OTHERS = ("compacted", "sparse", "onnxruntime", "sparselab")
 RATIOS = tuple((name, "dense", None, None) for name in OTHERS)
@@ -62,14 +61,14 @@ def measure(rounds: int, status: Callable) -> dict:
       {"rows": the table of times, "networks": of each network what is left of it, "libraries": {name: version}}.
     """
     dataset, rows, found = mnist_5k(), [], []
-    for name in NETWORKS:
+    for name, calls in NETWORKS.items():
         for method in METHODS:
             for density in DENSITIES:
                 group = f"{name}, {method}, density {density}"
                 with status(f"training {group}"):
                     trained = train(name, method, density, dataset, EPOCHS)
                 with status(f"inference, {group}"):
-                    times, left = time_network(group, trained, dataset, rounds)
+                    times, left = time_network(group, trained, dataset, calls, rounds)
                 rows += times
                 found.append({"network": name, "method": method, "density": density, **left})
     return {"rows": rows, "networks": found, "libraries": runtimes.installed()}
@@ -114,13 +113,16 @@ def train(name: str, method: str, density: float, dataset: Dataset, epochs: int)
     return Trained(net, jax.device_get(state.subnet.weights), jax.device_get(masks))
 
 
-def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) -> tuple[list[dict], dict]:
+def time_network(
+    group: str, trained: Trained, dataset: Dataset, calls: Mapping[int, int], rounds: int
+) -> tuple[list[dict], dict]:
     """(rows of the times, what is left of the network).
 
     Args:
       group: the section of the table.
       trained: the network.
       dataset: whose test images it classifies.
+      calls: {images of a batch: calls in a turn}.
       rounds: times that each candidate is measured.
     """
     test = dataset.test.read(np.arange(len(dataset.test)))
@@ -141,11 +143,11 @@ def time_network(group: str, trained: Trained, dataset: Dataset, rounds: int) ->
         ours["sparse"] = sm.jit(sparse_layers), matrices
     largest = np.abs(logits["dense"]).max()
     rows = []
-    for batch, times in CALLS.items():
+    for batch, times in calls.items():
         x = np.resize(images, (batch, *images.shape[1:]))
-        calls = {name: partial(repeated, f, of, jnp.asarray(x), times) for name, (f, of) in ours.items()}
+        turns = {name: partial(repeated, f, of, jnp.asarray(x), times) for name, (f, of) in ours.items()}
         with _other_runtimes(times, trained, params, dataset, x) as theirs:
-            seconds = {name: of / times for name, of in interleaved({**calls, **theirs}, rounds).items()}
+            seconds = {name: of / times for name, of in interleaved({**turns, **theirs}, rounds).items()}
         rows += compared(f"{group}, batch {batch}", seconds, RATIOS)
     sizes = [sum(map(np.prod, shapes.values())) for shapes in (small.before, small.after)]
     rows.append(row(group, "parameters, compacted / dense", "x", sizes[1] / sizes[0]))
@@ -213,6 +215,7 @@ def units(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]])
 def results_table(measured: dict) -> str:
     """Markdown: of each network what is left, and the times as parts of the dense network's."""
     ratio = {(line["group"], line["name"]): line["median"] for line in measured["rows"]}
+    batches = next(iter(NETWORKS.values()))
     lines = []
     for of in measured["networks"]:
         group = f"{of['network']}, {of['method']}, density {of['density']}"
@@ -225,11 +228,11 @@ def results_table(measured: dict) -> str:
                 *(
                     f"{ratio[key]:.2f}" if (key := (f"{group}, batch {batch}", f"{name} / dense")) in ratio else "-"
                     for name in OTHERS
-                    for batch in CALLS
+                    for batch in batches
                 ),
             )
         )
-    times = [f"{name}, batch {batch}" for name in OTHERS for batch in CALLS]
+    times = [f"{name}, batch {batch}" for name in OTHERS for batch in batches]
     return table(
         ("network", "method", "density", "accuracy", "units left", "weights kept", "parameters left", *times), lines
     )

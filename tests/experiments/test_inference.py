@@ -16,10 +16,9 @@ from experiments.run.errors import UserError
 @pytest.mark.slow
 def test_end_to_end(monkeypatch, tmp_path, capsys):
     for name, value in {
-        "NETWORKS": ("lenet-300-100",),
+        "NETWORKS": {"lenet-300-100": {1: 1, 4: 1}},
         "DENSITIES": (0.03,),
         "EPOCHS": 1,
-        "CALLS": {1: 1, 4: 1},
     }.items():
         monkeypatch.setattr(inference, name, value)
     file = tmp_path / "inference.json"
