@@ -5,9 +5,10 @@ pass compares every key with one probe per group and needs only a sum of counts.
 scores that are sharded over devices stay so, and the result does not depend on their layout.
 
 Probes come first from a small sample, which is all that a mesh gathers, then from interpolating the counts between
-two scores, which is fast on any smooth distribution. Whenever that stalls, a bisection follows, so that the number of
-passes is bounded for any scores. Probes only guide the search; the exact count ends it. Where equal scores lie on both
-sides of the cut, the same search runs again over their flat indices.
+two scores, which is fast on smooth distributions, and less so on scores of many orders of magnitude. Whenever that
+stalls, a bisection follows, so that the number of passes is bounded for any scores. Probes only guide the search; the
+exact count ends it. Where equal scores lie on both sides of the cut, the same search runs again over their flat
+indices.
 
 On a single CPU, a pass counts only arrays in which a search is still open. On one device, small layers share an array,
 so that the program hardly grows with their number.
@@ -257,7 +258,7 @@ def _search(keys: list[jax.Array], places: list[_Place | _Pack], wanted: jax.Arr
     """
     sample = _sample(keys, places, wanted)
     # Equal scores lie anywhere, so that interpolating their indices needs no hint.
-    first = jnp.where(start.by_index & ~sample.whole, AIM, HINT_LOW)
+    first = jnp.where(start.by_index & ~sample.whole, AIM, jnp.full_like(start.turn, HINT_LOW))
     start = start._replace(turn=first, before=start.at_low - start.at_high)
     # A CPU counts only arrays that have an open group. On a mesh all counts are one exchange, and a GPU waits for every
     # condition.

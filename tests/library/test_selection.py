@@ -101,6 +101,14 @@ def test_many_layers_of_one_shape_get_the_masks_they_get_alone():
     chex.assert_trees_all_equal(keep_highest(scores, traced(counts)), oracles.highest_in_each(scores, counts))
 
 
+def test_the_masks_are_the_same_where_jax_makes_64_bits_by_default():
+    scores = {f"{kind}{shape}": draw(kind, shape) for kind in DISTRIBUTIONS for shape in ((SAMPLE, SAMPLE), (13, 11))}
+    counts = {name: sm.keep_count(0.3, of.size) for name, of in scores.items()}
+    with jax.enable_x64(True):
+        masks = keep_highest(scores, counts)
+    chex.assert_trees_all_equal(masks, oracles.highest_in_each(scores, counts))
+
+
 def test_the_program_counts_small_layers_together_whatever_their_number_and_shapes():
     def searches(layers):
         scores = {str(i): jnp.ones((13, 11 + i), jnp.float32) for i in range(layers)}

@@ -89,8 +89,10 @@ def test_a_command_keeps_the_memory_of_a_step_for_the_next():
 
     def faults(keeps):
         variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        variables["JAX_PLATFORMS"] = "cpu"
         code = FAULTS.format(keeps=keeps)
         done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
     assert 3 * faults(keeps=True) < faults(keeps=False)
