@@ -11,6 +11,7 @@ import numpy as np
 from experiments.data.pictures import in_threads, opened, rgb, visible
 from experiments.data.source import Dataset, arrays_dataset, pixel_statistics
 from experiments.run.errors import DataError
+from experiments.run.surroundings import free_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,18 +205,9 @@ def _digest(base: Path, paths: Sequence[str], headers: Sequence[_Header]) -> str
 
 
 def _require_memory(base: Path, needed: int) -> None:
-    free = free_memory()
+    free = free_memory(swap=False)
     if free is not None and needed > free / 2:
         raise DataError(
             f"the images in {base} take {needed / 1e9:.1f} GB of memory, more than half of the {free / 1e9:.1f} GB "
             f"that are free: add --stream, which leaves them on disk and decodes them when they are needed"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that a program can still take, without swapping; None where the system does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

@@ -17,6 +17,7 @@ from experiments.data.pictures import in_threads
 from experiments.run.display import say
 from experiments.run.errors import DataError, UserError, brief
 from experiments.run.files import read_arrays, write_arrays
+from experiments.run.surroundings import allow_files
 
 FORMAT = "array_record"
 INFO, NAMES = "dataset_info.json", "label.labels.txt"  # what describes a version, and its classes
@@ -167,7 +168,7 @@ class Shards:
             import tensorflow_datasets as tfds
             from tensorflow_datasets.proto import tf_example_pb2
 
-            _allow_files(len(self.lengths))
+            allow_files(len(self.lengths))  # each shard stays open, and ImageNet has 1,000
             raw = tfds.decode.DeserializeMethod.RAW_BYTES  # decoding by its features takes ten times as long
             source = _builder(self.prepared).as_data_source(split=self.split, deserialize_method=raw)
         except Exception as error:  # a package that is missing, and whatever damaged files make the readers raise
@@ -207,14 +208,3 @@ class Records:
     def identity(self) -> tuple[Any, ...]:
         """See `Source.identity`. Labels are left out: they are in the records."""
         return self.shards.split, self.shards.lengths, self.indices
-
-
-def _allow_files(count: int) -> None:
-    """Lets this process open so many more files than it could: each shard stays open, and ImageNet has 1,000."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY:
-            more = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))

@@ -1,5 +1,6 @@
 """What surrounds a run, its environment variables and its limits: what it cannot work with is one paragraph."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -27,14 +28,22 @@ def require_usable() -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = hard == resource.RLIM_INFINITY
-    wanted = FILES if unlimited else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if not unlimited and hard < FEWEST_FILES:
+    if hard != resource.RLIM_INFINITY and hard < FEWEST_FILES:
         raise UserError(
             f"only {hard} files may be open at once here, and a run needs {FEWEST_FILES}: raise the limit (ulimit -n)."
         )
+    allow_files(FILES - soft)
+
+
+def allow_files(more: int) -> None:
+    """Lets this process open so many files beyond what it could, or as many as the system allows."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if more > 0 and soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        with contextlib.suppress(ValueError, OSError):  # a system that allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def explain(error: BaseException) -> str | None:
@@ -76,11 +85,18 @@ def free_on(device) -> int | None:
         told = device.memory_stats() or {}
         limit = told.get("bytes_limit")
         return None if limit is None else limit - told.get("bytes_in_use", 0)
+    return free_memory(swap=True)
+
+
+def free_memory(swap: bool) -> int | None:
+    """Bytes that programs on this machine can still take, with what they can swap or without; None if not on Linux."""
     try:
         told = dict(re.findall(r"(\w+):\s+(\d+) kB", MEMORY.read_text()))
-    except OSError:  # not Linux
+    except OSError:
         return None
-    return 1024 * (int(told["MemAvailable"]) + int(told.get("SwapFree", 0))) if "MemAvailable" in told else None
+    if "MemAvailable" not in told:
+        return None
+    return 1024 * (int(told["MemAvailable"]) + (int(told.get("SwapFree", 0)) if swap else 0))
 
 
 def _first_line(error: BaseException) -> str:

@@ -400,18 +400,18 @@ def test_where_there_is_nothing_it_says_what_belongs_where(tmp_path, root):
 def test_a_set_that_needs_more_than_half_of_the_free_memory_is_to_be_streamed(tmp_path, monkeypatch):
     made(tmp_path, COLOUR, splits=(("train", 4), ("test", 1)))
     needed = 10 * 6 * 5 * 3
-    monkeypatch.setattr(folder_room, "free_memory", lambda: 2 * needed - 2)
+    monkeypatch.setattr(folder_room, "free_memory", lambda swap: 2 * needed - 2)
     assert "--stream" in refused(tmp_path)
     assert data.load("folder", tmp_path, stream=True).image_shape == COLOUR
     for free in (2 * needed, None):
-        monkeypatch.setattr(folder_room, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(folder_room, "free_memory", lambda swap, free=free: free)
         assert len(data.load("folder", tmp_path).train) == 8
 
 
 def test_the_free_memory_of_this_machine_is_told_in_bytes():
     if not Path("/proc/meminfo").exists():
         pytest.skip("this system does not say")
-    assert 2**20 < folder_room.free_memory() < 2**50
+    assert 2**20 < folder_room.free_memory(swap=False) < 2**50
 
 
 def test_without_pillow_it_says_what_to_install(tmp_path, monkeypatch):

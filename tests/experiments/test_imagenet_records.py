@@ -217,7 +217,7 @@ def test_more_files_are_opened_than_the_process_was_allowed(root):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        records._allow_files(100)
+        records.allow_files(100)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 356
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -52,7 +52,6 @@ LATE = {
     "data/records.py": {
         "_builder": {"tensorflow_datasets"},
         "_open": {"tensorflow_datasets", "tensorflow_datasets.proto"},
-        "_allow_files": {"resource"},
     },
     "data/stream.py": {"batches_ahead": {"absl", "grain"}},
     "data/svhn.py": {"_read_file": {"scipy.io"}},

@@ -130,6 +130,7 @@ def test_a_step_that_needs_more_memory_than_is_free_is_refused_before_it_runs(tm
     surroundings.require_memory(10**15, device)  # nothing tells
     for free, refused in ((10**6, False), (20, True)):
         (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {free} kB\nSwapFree: 3 kB\n")
+        assert [surroundings.free_memory(swap) for swap in (False, True)] == [1024 * free, 1024 * (free + 3)]
         if refused:
             with pytest.raises(UserError, match=r"a training step needs 0\.0 GB .* a smaller --batch-size"):
                 surroundings.require_memory(needed, device)
