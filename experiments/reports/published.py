@@ -95,12 +95,12 @@ def _bernoulli() -> tuple[Figure, ...]:
     signed = {"method": "bernoulli", "rescale": True, "init": "signed-deviation"}
     trained = {name: value for name, value in ZHOU.items() if name not in ("model", "init", "epochs")}
     lenet = {"dataset": "mnist", "model": "lenet-300-100", "shift": 0, **trained, **signed}
-    fully = Figure("LeNet-300-100 on MNIST, rescaled, signed weights", lenet, 0.980, 2000, _ZHOU, True)
+    fully = Figure("LeNet-300-100 on MNIST, Bernoulli, rescaled, signed weights", lenet, 0.980, 2000, _ZHOU, True)
     return (
         fully,
         *(
             Figure(
-                f"{_CONVS[model]}, rescaled, signed weights",
+                f"{_CONVS[model]}, Bernoulli, rescaled, signed weights",
                 {**_CIFAR, "model": model, **signed},
                 *(accuracy, 2000, _ZHOU),
             )

@@ -192,7 +192,7 @@ def test_drawn_masks_are_what_a_bernoulli_run_is_judged_by(tmp_path):
         "test_sampled_accuracy": 0.6
     }
     results, _ = gather.results([written(tmp_path, run)])
-    assert [row.mean for row in rows_of(results, "Conv2, rescaled, signed weights")] == [0.6]
+    assert [row.mean for row in rows_of(results, "Conv2, Bernoulli, rescaled, signed weights")] == [0.6]
 
 
 def test_densities_may_differ_by_a_hundredth_of_themselves():
