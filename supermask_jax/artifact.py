@@ -20,7 +20,7 @@ from supermask_jax.header import Header, check
 from supermask_jax.methods import Method
 from supermask_jax.origins import Base, Drawn, Leaves, Origin, Stored, arrays_of, partition
 from supermask_jax.supermask import Masks, Params, Subnet
-from supermask_jax.trees import Tree, by_path, map_with_name
+from supermask_jax.trees import Tree, by_path, map_with_name, nested
 
 __all__ = ["Base", "Drawn", "Stored", "Subnetwork", "load_run", "load_subnetwork", "partition", "save_subnetwork"]
 
@@ -71,7 +71,8 @@ def save_subnetwork(
 
     Raises:
       ValueError: the origin draws other weights than these; scores that are no masks; a product that is not weights *
-        masks * one factor a layer; several masks whose weights differ; what the file cannot hold.
+        masks * one factor a leaf (that of `rescaled` is not, on a stack whose layers keep different numbers); several
+        masks whose weights differ; what the file cannot hold.
       TypeError: an argument of another type.
       OSError: the file cannot be written; an older one is then unchanged.
     """
@@ -102,7 +103,7 @@ def save_subnetwork(
     }
     header["about"] = dict(about)
     check(header)  # what is written can be read
-    return container.write(path, arrays, header)
+    return container.write(Path(path).expanduser(), arrays, header)
 
 
 def load_subnetwork(
@@ -134,6 +135,7 @@ def load_subnetwork(
         `state_like` is missing or does not fit.
       OSError: the file cannot be read.
     """
+    path = Path(path).expanduser()
     held = contents.read(path, max_bytes=max_bytes)
     try:
         return _restore(held, base, like, state_like)
@@ -210,7 +212,9 @@ def _masks(one: Subnet | Method) -> dict[str, tuple[np.ndarray, float | None]]:
         whole = found[path][0] if path in found else np.ones((), np.uint8)
         fits = [gain for gain in gains if np.array_equal(result, weight * _times(whole, gain, weight.dtype))]
         if not fits:
-            raise ValueError(f"the method's product at {path!r} is not its weights * its masks * one factor")
+            raise ValueError(
+                f"the method's product at {path!r} is not its weights * its masks * one factor for all of it"
+            )
         if path in found:
             found[path] = whole, fits[0]
     return found
@@ -290,17 +294,4 @@ def _tree(leaves: Mapping[str, Any], like: Tree) -> Tree:
             different = sorted(names ^ leaves.keys())
             raise ValueError(f"its leaves are not those of the given tree; only one has: {', '.join(different[:5])}")
         return map_with_name(lambda path, leaf: leaves[path], like)
-    if list(leaves) == [""]:
-        return leaves[""]
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        inside = tree
-        for parent in parents:
-            inside = inside.setdefault(parent, {})
-            if not isinstance(inside, dict):
-                raise ValueError(f"it has a leaf at {path!r} and one above it")
-        if last in inside:
-            raise ValueError(f"it has a leaf at {path!r} and one below it")
-        inside[last] = leaf
-    return tree
+    return nested(leaves)

@@ -39,7 +39,7 @@ def check_counts(counts: Mapping[str, Any], score: jax.Array, allowed: jax.Array
     """
     rooms = np.full(len(counts), score.size // max(len(counts), 1))
     if allowed is not None and is_concrete(allowed):
-        rooms = np.count_nonzero(np.asarray(allowed).reshape(len(counts), -1), axis=1)
+        rooms = np.count_nonzero(np.asarray(allowed).reshape(len(counts), rooms[0] if len(counts) else 0), axis=1)
     for (layer, count), room in zip(counts.items(), rooms.tolist(), strict=True):
         if is_concrete(count) and not is_count(count, room):
             raise ValueError(f"cannot keep {count} of the {room} weights to choose from in {layer!r}")

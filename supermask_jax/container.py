@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,19 +80,19 @@ def replace(path: Path, content: bytes) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(new, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(new, path)
-        _sync_names(path.parent)
+        sync_names(path.parent)
     finally:
         new.unlink(missing_ok=True)
 
 
-def _sync_names(folder: Path) -> None:
+def sync_names(folder: Path) -> None:
     """Brings the names in a directory to the disk, where the system has a way to."""
     with contextlib.suppress(OSError):  # Windows, and some file systems, have none
         handle = os.open(folder, os.O_RDONLY)
@@ -123,7 +124,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray], int]:
             "install a newer supermask-jax"
         )
     try:
-        arrays = {name: _array(**tensor) for name, tensor in stored}
+        arrays = {name: array(tensor) for name, tensor in stored}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: an array cannot be read ({error})") from None
     try:
@@ -147,10 +148,15 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    if dtype not in DTYPES:
-        raise ValueError(f"no supermask network has numbers of {dtype}")
-    return np.frombuffer(data, jnp.dtype(DTYPES[dtype])).reshape(shape)
+def array(tensor: Mapping[str, Any]) -> np.ndarray:
+    """Returns an array as `safetensors.deserialize` gives it: with dtype, shape and data.
+
+    Raises:
+      ValueError: it has a dtype that is not in `DTYPES`.
+    """
+    if tensor["dtype"] not in DTYPES:
+        raise ValueError(f"numbers of {tensor['dtype']} are not read here")
+    return np.frombuffer(tensor["data"], jnp.dtype(DTYPES[tensor["dtype"]])).reshape(tensor["shape"])
 
 
 def _parsed(text: bytes) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from supermask_jax.draws import unit_uniform
 from supermask_jax.trees import Tree, Where, at_most_32_bits, by_path, is_kernel, leaf_key, map_with_name, prunable
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
@@ -107,7 +108,7 @@ def criterion(
         if path not in shapes:
             return None
         if name == "random" and key is not None:  # float32: in bfloat16 most would tie, and ties are not random
-            return jax.random.uniform(leaf_key(key, path), before.shape)
+            return unit_uniform(leaf_key(key, path), before.shape)
         if name in CRITERIA:
             return at_most_32_bits(CRITERIA[name](before, after))
         ranks = [_percentile_ranks(CRITERIA[part](before, after), kept.get(path)) for part in RANKED[name]]

@@ -25,6 +25,7 @@ from supermask_jax.trees import (
     at_most_32_bits,
     by_path,
     layer_counts,
+    magnitudes,
     mean_over,
     ones_and_sizes,
     per_layer,
@@ -111,7 +112,7 @@ def magnitude_masks(
     sizes = {layer: size for layer, (_, size) in layer_counts(masks, layout).items()}
     parts = per_layer(densities, stacks_of(masks, layout))
     counts = {layer: keep_count(part, sizes[layer]) for layer, part in parts.items()}
-    return keep_highest(_magnitudes(weights, masks), counts, masks, layout=layout)
+    return keep_highest(magnitudes(weights, masks), counts, masks, layout=layout)
 
 
 def drop_and_grow(
@@ -150,7 +151,7 @@ def drop_and_grow(
     left = {layer: ones for layer, (ones, _) in layer_counts(masks, layout).items()}
     parts = per_layer(fraction, stacks_of(masks, layout))
     stay = {layer: keep_count(1 - _fraction(part), left[layer]) for layer, part in parts.items()}
-    kept = highest_of_each(_magnitudes(weights, masks), stay, masks, layout=layout)
+    kept = highest_of_each(magnitudes(weights, masks), stay, masks, layout=layout)
     growth = jax.tree.map(
         lambda weight, mask, score: None if mask is None else at_most_32_bits(score), weights, masks, growth
     )
@@ -248,10 +249,6 @@ def replace_masks(state: TrainState, tx: optax.GradientTransformation, masks: Ma
         lambda old, new: jnp.where(np.asarray(new) == 1, jnp.ones_like(old), jnp.zeros_like(old)), before, masks
     )
     return state._replace(subnet=Subnet(weights, copies), opt_state=opt_state)
-
-
-def _magnitudes(weights: Params, masks: Masks) -> Scores:
-    return jax.tree.map(lambda weight, mask: None if mask is None else at_most_32_bits(jnp.abs(weight)), weights, masks)
 
 
 def _fraction(part: float) -> Fraction:

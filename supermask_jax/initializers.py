@@ -18,10 +18,6 @@ from supermask_jax.draws import DRAWS
 from supermask_jax.draws import standard_normal as standard_normal  # public here, too
 from supermask_jax.draws import symmetric_uniform as symmetric_uniform
 from supermask_jax.leaves import FanIn, FanOut
-from supermask_jax.leaves import equinox_fan_in as equinox_fan_in
-from supermask_jax.leaves import equinox_fan_out as equinox_fan_out
-from supermask_jax.leaves import flax_fan_in as flax_fan_in
-from supermask_jax.leaves import flax_fan_out as flax_fan_out
 from supermask_jax.names import gate_stack, is_gate
 from supermask_jax.trees import (
     Tree,
@@ -233,7 +229,7 @@ def open_gates(weights: Tree, value: float = 1.0, where: Where | None = None) ->
     layout = layout_of(where)
 
     def open_one(path: str, leaf: jax.Array) -> jax.Array:
-        gate = layout.leaf(path, jnp.shape(leaf)).gate if layout else (where or is_gate)(path, leaf)
+        gate = layout.leaf(path, jnp.shape(leaf)).gate if layout is not None else (where or is_gate)(path, leaf)
         if not gate:
             return leaf
         leaf = jnp.asarray(leaf)

@@ -96,7 +96,7 @@ class Layout(Mapping[str, Leaf]):
         return isinstance(other, Layout) and self.leaves == other.leaves
 
     def __hash__(self) -> int:
-        return hash(tuple(self.leaves.values()))
+        return hash(frozenset(self.leaves.items()))
 
     def __repr__(self) -> str:
         return "\n".join(f"{path} {leaf.shape}: {' '.join(leaf.axes or ())}" for path, leaf in self._kernels.items())

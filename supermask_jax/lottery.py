@@ -20,11 +20,11 @@ from supermask_jax.trees import (
     Tree,
     Where,
     apply_masks,
-    at_most_32_bits,
     by_path,
     is_kernel,
     layer_counts,
     leaf_key,
+    magnitudes,
     map_with_name,
     per_layer,
     prunable,
@@ -85,10 +85,7 @@ def prune(
     Source: Frankle & Carbin 2019, section 2 (each layer by itself, the output layer at half the rate) and section 4
     (globally). Their released code removes one weight more, the threshold itself, and so does open_lth.
     """
-    scores = jax.tree.map(
-        lambda weight, mask: None if mask is None else at_most_32_bits(jnp.abs(weight)), weights, masks
-    )
-    return prune_by(scores, masks, fraction, scope, unit, minimum=minimum, layout=layout)
+    return prune_by(magnitudes(weights, masks), masks, fraction, scope, unit, minimum=minimum, layout=layout)
 
 
 def prune_by(

@@ -385,7 +385,7 @@ def _updates(steps: int, every: int, until: float) -> tuple[int, int]:
             raise ValueError(f"{name} must be a whole number >= 1, got {number!r}")
     if not 0 < until <= 1:
         raise ValueError(f"until must be in (0, 1] (the part of the training in which masks change), got {until!r}")
-    last = int(until * steps)
+    last = int(exact(until) * steps)
     every = min(int(every), max(last // FEWEST_UPDATES, 1))
     return every, max(last // every, 1) * every
 

@@ -84,7 +84,8 @@ def brier(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Source: Brier 1950.
     """
     logits, labels = _classified(logits, labels)
-    return jnp.mean(jnp.sum(jnp.square(jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[1])), axis=1))
+    right = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+    return jnp.mean(jnp.sum(jnp.square(jax.nn.softmax(logits) - right), axis=1))
 
 
 class Reliability(NamedTuple):

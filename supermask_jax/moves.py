@@ -55,6 +55,8 @@ def _squeeze(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tup
 
 def _reshape(view: View, eqn: core.JaxprEqn, before: tuple[int, ...], after: tuple[int, ...]) -> View:
     """The atoms in order, dealt out to the new axes; one is split where an axis ends within it."""
+    if 0 in before:  # no entries, whose axes nothing tells
+        return view._replace(axes=None)
     axes, sizes = view.axes or (), before
     if eqn.params["dimensions"] is not None:
         order = eqn.params["dimensions"]

@@ -157,9 +157,11 @@ def _is_convolution(parts: list[str], window: tuple[int, ...]) -> bool:
 def is_closed(leaf: Any, stack: Sequence[int] = ()) -> bool:
     """Returns whether a concrete array is 0: all of it, or all of one of the layers that the axes `stack` count."""
     values = np.asarray(leaf)
+    if not values.size:
+        return False
     layers = math.prod(values.shape[axis] for axis in stack)
     rows = np.moveaxis(values, stack, range(len(stack))).reshape(layers, -1)
-    return bool(values.size and (rows == 0).all(axis=1).any())
+    return bool((rows == 0).all(axis=1).any())
 
 
 def gate_stack(shape: Sequence[int]) -> tuple[int, ...]:

@@ -184,8 +184,7 @@ def pmap_step(
     on one device (in several processes, this one's share) and is split into equal parts. Every device draws the same
     masks and its own dropout; gradients, metrics and floating model state are averaged over the devices. Therefore:
       - A loss that is a plain mean equals that of the whole batch. A weighted mean does not where the weights of the
-      parts
-        differ in sum, as those of a padded last batch do; use `weighted_mean(..., axis_name=parallel.AXIS)`.
+        parts differ in sum, as those of a padded last batch do; use `weighted_mean(..., axis_name=parallel.AXIS)`.
       - Metrics that are sums, such as the number of correct answers, come out divided by the number of devices.
       - Batch statistics are of the whole batch if the model computes them so: `flax.linen.BatchNorm(axis_name=AXIS)`.
         Without it, each device normalises by its part, and running variances miss the variance between the parts.

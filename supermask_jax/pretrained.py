@@ -269,10 +269,7 @@ def _safetensors(path: Path) -> Arrays:
         ) from error
     if other := [name for name, tensor in found if tensor["dtype"] not in container.DTYPES]:
         raise ValueError(f"{path} has numbers of a kind that is not read here, in {_some(other)}: save them as float32")
-    return {
-        name: np.frombuffer(tensor["data"], jnp.dtype(container.DTYPES[tensor["dtype"]])).reshape(tensor["shape"])
-        for name, tensor in found
-    }
+    return {name: container.array(tensor) for name, tensor in found}
 
 
 # Names.

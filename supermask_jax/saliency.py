@@ -287,7 +287,10 @@ def prune_in_rounds(
         if number < rounds:  # and the decimals must not take it below the last
             count = max(last, keep_count(round(float(final) ** (number / rounds), 12), sum(sizes)))
         masks = highest_of_all(scores, count, masks, minimum, layout)
-    warn_of_emptied(masks, layout=layout)
+        if not count:  # nothing is left to score
+            break
+    if last:  # a density of 0 is what was asked for
+        warn_of_emptied(masks, layout=layout)
     return masks
 
 

@@ -167,7 +167,7 @@ def keep_highest_of_all(
     """Returns masks that keep the `count` highest scores of all leaves taken together.
 
     Ties are broken by flat index, the lowest losing first; the leaves count as one array, joined in the tree's order.
-    -0.0 ties with 0.0. It works under jit, where the count may be traced.
+    -0.0 ties with 0.0. It works under jit, where the count may be traced; with a `minimum`, `within` may not.
 
     Args:
       scores: tree of floats of at most 32 bits, None at leaves that are not prunable.
@@ -183,8 +183,8 @@ def keep_highest_of_all(
 
     Raises:
       ValueError: NaN scores, a count out of range (also: more than `within` keeps, or too few for the minimum), or
-        paths that do not match. Under jit values are not known: NaN then ranks by its sign, beyond all numbers, and the
-        count is not checked.
+        paths that do not match, or a `within` that is traced, with a `minimum`. Under jit values are not known: NaN
+        then ranks by its sign, beyond all numbers, and a traced count is not checked.
       TypeError: scores that are not floats of at most 32 bits.
     """
     chosen = highest_of_all(scores, count, within, minimum, layout)
@@ -218,13 +218,14 @@ def _with_minimum(scores: Tree, count: int, within: Tree | None, minimum: int, l
     """Masks of each layer's `minimum` highest scores and, up to `count`, of the highest of all the others."""
     if not isinstance(minimum, int | np.integer) or minimum < 0:
         raise ValueError(f"minimum must be a whole number >= 0, got {minimum!r}")
-    if within is None:
-        within = jax.tree.map(jnp.ones_like, scores)
-    least = {name: min(minimum, ones) for name, (ones, _) in layer_counts(within, layout).items()}
-    if sum(least.values()) > count:
+    if within is not None and not is_concrete(within):
+        raise ValueError("a minimum needs to know what `within` keeps: compute such masks outside of jit")
+    there = jax.tree.map(lambda score: np.broadcast_to(True, score.shape), scores) if within is None else within
+    least = {name: min(minimum, ones) for name, (ones, _) in layer_counts(there, layout).items()}
+    if is_concrete(count) and sum(least.values()) > count:
         raise ValueError(f"{count} weights are too few for {minimum} in every layer")
     reserved = highest_of_each(scores, least, within, layout)
-    others = jax.tree.map(lambda there, own: there - own.astype(there.dtype), within, reserved)
+    others = jax.tree.map(lambda own, mask: jnp.asarray(mask).astype(bool) & (own == 0), reserved, there)
     return jax.tree.map(jnp.add, reserved, highest_of_all(scores, count - sum(least.values()), others))
 
 

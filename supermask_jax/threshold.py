@@ -39,7 +39,7 @@ def order_key(score: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
     key = jnp.where(bits >= 0, jnp.minimum(bits, INT32_MAX - 1), INT32_MIN - bits)
-    return key if allowed is None else jnp.where(allowed != 0, key, INT32_MIN)
+    return key if allowed is None else jnp.where(jnp.asarray(allowed).astype(bool), key, INT32_MIN)
 
 
 def _score(key: jax.Array) -> jax.Array:

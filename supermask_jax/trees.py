@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from supermask_jax.leaves import FanIn, FanOut, Layout, named_fan_in, named_fan_out, stack_of
-from supermask_jax.names import NOT_KERNELS as NOT_KERNELS
 from supermask_jax.names import is_kernel as is_kernel  # public here, too
 from supermask_jax.names import shape_of
 
@@ -42,6 +41,28 @@ def by_path(tree: Tree) -> dict[str, Any]:
             raise ValueError(f"two leaves have the path {path_name(path)!r}; rename one of them")
         leaves[path_name(path)] = leaf
     return leaves
+
+
+def nested(leaves: Mapping[str, Any]) -> Tree:
+    """Returns {path: leaf} as nested dictionaries, which Flax takes; the leaf itself where its path is empty.
+
+    Raises:
+      ValueError: one path leads through another.
+    """
+    if list(leaves) == [""]:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        inside = tree
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"it has a leaf at {path!r} and one above it")
+        if last in inside:
+            raise ValueError(f"it has a leaf at {path!r} and one below it")
+        inside[last] = leaf
+    return tree
 
 
 def map_with_name(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -83,6 +104,11 @@ def at_most_32_bits(scores: jax.Array | None) -> jax.Array | None:
     return scores.astype(jnp.float32) if scores is not None and scores.dtype.itemsize > 4 else scores
 
 
+def magnitudes(weights: Tree, masks: Tree) -> Tree:
+    """Returns |weight| in at most 32 bits, None where there is no mask."""
+    return jax.tree.map(lambda weight, mask: None if mask is None else at_most_32_bits(jnp.abs(weight)), weights, masks)
+
+
 def checked_shape(path: str, leaf: Any) -> tuple[int, ...]:
     """Returns the shape of a leaf as Python integers.
 
@@ -102,13 +128,13 @@ def layout_of(where: Where | None) -> Layout | None:
 def fan_in_of(fan_in: FanIn | None, where: Where | None = None) -> FanIn:
     """Returns the given fan_in(path, shape); of None, that of the layout that `where` is, or that of the names."""
     layout = layout_of(where)
-    return fan_in or (layout.fan_in if layout else named_fan_in)
+    return fan_in or (layout.fan_in if layout is not None else named_fan_in)
 
 
 def fan_out_of(fan_out: FanOut | None, where: Where | None = None) -> FanOut:
     """Returns the given fan_out(path, shape); of None, that of the layout that `where` is, or that of the names."""
     layout = layout_of(where)
-    return fan_out or (layout.fan_out if layout else named_fan_out)
+    return fan_out or (layout.fan_out if layout is not None else named_fan_out)
 
 
 def per_path(value: Any, paths: Iterable[str]) -> dict[str, Any]:

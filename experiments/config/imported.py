@@ -48,10 +48,11 @@ class Imported:
             ("classes", 2 <= self.classes <= 2**20, "in [2, 1,048,576]"),
             ("image_size", 8 <= self.image_size <= 2048, "in [8, 2,048] pixels"),
         )
-        if self.output.is_dir():
+        file, output = self.file.expanduser(), self.output.expanduser()
+        if output.is_dir():
             raise UserError(f"{self.output} is a directory; name a file with --output.")
-        is_input = self.output.exists() and self.file.exists() and self.output.samefile(self.file)
-        if self.output.exists() and (is_input or not self.overwrite):
+        is_input = output.exists() and file.exists() and output.samefile(file)
+        if output.exists() and (is_input or not self.overwrite):
             raise UserError(f"{self.output} is there already; name another file with --output, or say --overwrite.")
         if self.scope == "global" and self.density is None:
             raise UserError("--scope says how weights are ranked, and none are pruned: give a --density.")

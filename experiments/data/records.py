@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import threading
 import zlib
 from functools import cached_property
@@ -14,14 +13,14 @@ import numpy as np
 
 from experiments.data.photographs import Photograph
 from experiments.data.pictures import in_threads
+from experiments.data.tfds import INFO, newest
 from experiments.run.display import say
 from experiments.run.errors import DataError, UserError, brief
 from experiments.run.files import read_arrays, write_arrays
 from experiments.run.surroundings import allow_files
 
 FORMAT = "array_record"
-INFO, NAMES = "dataset_info.json", "label.labels.txt"  # what describes a version, and its classes
-VERSION = re.compile(r"\d+\.\d+\.\d+")  # of a set that is prepared to the end
+NAMES = "label.labels.txt"  # the classes of a version
 CHUNK = 1000  # labels that a thread reads at once
 
 
@@ -48,10 +47,9 @@ def found(folder: Path) -> Prepared | None:
     Raises:
       DataError: only tensorflow can read what is there, or it is damaged or incomplete.
     """
-    versions = [path.parent for path in folder.glob(f"*/{INFO}") if VERSION.fullmatch(path.parent.name)]
-    if not versions:
+    prepared = newest(folder)
+    if prepared is None:
         return None
-    prepared = max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
     try:
         described = json.loads((prepared / INFO).read_text())
         formats = [described.get("fileFormat"), *described.get("alternativeFileFormats", ())]

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
-import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.idx import FILES, Split, Tables, read_split
-from experiments.run.errors import DataError, brief
+from experiments.run.errors import DataError, UserError, brief
+from experiments.run.files import read_arrays, write_arrays
+
+INFO = "dataset_info.json"  # what describes a version
+VERSION = re.compile(r"\d+\.\d+\.\d+")  # of a set that is prepared to the end
 
 
 class Unavailable(DataError):
@@ -56,7 +60,7 @@ def read(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str]:
     except ImportError as error:
         raise _unavailable(name, root, f"{error}: pip install 'supermask-jax[experiments]'") from error
     prepared = root / name / str(stock.VERSION)
-    info = prepared / "dataset_info.json"  # written last, before the finished directory is given this name
+    info = prepared / INFO  # written last, before the finished directory is given this name
     if not prepared.exists():
         _prepare(name, root, stock.URL, info)
     try:
@@ -70,6 +74,12 @@ def read(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str]:
         raise DataError(f"cannot read {prepared} ({brief(error)}); remove it and run again") from error
 
 
+def newest(folder: Path) -> Path | None:
+    """The directory of the newest version of a set that is prepared to the end in a directory; None where none is."""
+    versions = [path.parent for path in folder.glob(f"*/{INFO}") if VERSION.fullmatch(path.parent.name)]
+    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
+
+
 def read_prepared(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str] | None:
     """What `read` returns, of any set of images that is prepared in `root`/`name`; None where none is.
 
@@ -79,13 +89,12 @@ def read_prepared(name: str, root: Path) -> tuple[tuple[np.ndarray, ...], str] |
       Unavailable: only tensorflow can read what is there.
       DataError: it is damaged.
     """
-    versions = sorted((root / name).glob("*/dataset_info.json"))
-    if not versions:
+    prepared = newest(root / name)
+    if prepared is None:
         return None
-    prepared = versions[-1].parent
     again = "prepare it again, with file_format='array_record', or remove it and put the official files in its place"
     try:
-        described = versions[-1].read_bytes()
+        described = (prepared / INFO).read_bytes()
         if json.loads(described).get("fileFormat") != "array_record":
             raise Unavailable(f"what is in {prepared} can only be read with tensorflow; {again}")
         import tensorflow_datasets as tfds
@@ -206,21 +215,14 @@ def _decode(prepared, split: str) -> Split:
 
 def read_cache(path: Path, made_from: np.ndarray) -> tuple[np.ndarray, ...] | None:
     """The four arrays, or None if the cache is missing, damaged or made from something else."""
-    try:
-        with open(path, "rb") as stored, np.load(stored) as cache:
-            # Checksums first: NumPy reads as far as an array's header says, and so misses that of a shortened one.
-            whole = cache.zip.testzip() is None and cache["fingerprint"] == made_from
-            return tuple(cache[file] for file in FILES) if whole else None
-    except Exception:  # damage raises exceptions of almost any type, and the cure is always to make the cache again
-        return None
+    with contextlib.suppress(UserError, KeyError):
+        cache = read_arrays(path)
+        if cache["fingerprint"] == made_from:
+            return tuple(cache[file] for file in FILES)
+    return None
 
 
 def write_cache(path: Path, made_from: np.ndarray, arrays: tuple[np.ndarray, ...]) -> None:
     """Writes the four arrays, and what they were made from, whole or not at all."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
     with contextlib.suppress(OSError):  # a full or read-only disk costs time at each start, not the run
-        try:
-            np.savez(temporary, fingerprint=made_from, **dict(zip(FILES, arrays, strict=True)))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_arrays(path, {"fingerprint": made_from, **dict(zip(FILES, arrays, strict=True))})

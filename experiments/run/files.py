@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def sync_all(folder: Path) -> None:
 
 def _write(file: Path, content: bytes) -> None:
     """Writes a file atomically and to the disk: an interruption leaves the old one."""
-    new = file.with_name(f".{file.name}.{os.getpid()}")
+    new = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with naming(file), open(new, "wb") as stream:
             stream.write(content)
@@ -135,7 +136,7 @@ def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; UserError if it is missing or damaged."""
+    """The arrays that `write_arrays` wrote; UserError if the file is missing or damaged."""
     try:
         stored = file.read_bytes()
         with np.load(io.BytesIO(stored)) as archive:

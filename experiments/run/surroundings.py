@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.run.errors import UserError
 
@@ -14,6 +16,23 @@ except ImportError:  # not a Unix
 
 FILES, FEWEST_FILES = 1024, 64  # open at once: what is asked for, and what the writer of checkpoints needs
 MEMORY = Path("/proc/meminfo")
+GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of processes, with limits of their own
+
+
+class GroupVersion(NamedTuple):
+    """How a version of Linux's control groups names what it tells of memory; files that are cached can be dropped."""
+
+    kind: str
+    folder: str
+    limit: str
+    used: str
+    cached: str  # what `active_file` and `inactive_file` begin with
+
+
+GROUP_VERSIONS = (
+    GroupVersion("", "", "memory.max", "memory.current", ""),
+    GroupVersion("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 TO_THE_BACKEND = re.compile(r"Unable to initialize backend|No visible \w+ devices|Unknown backend")
 NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Unable to allocate")
 
@@ -89,14 +108,39 @@ def free_on(device) -> int | None:
 
 
 def free_memory(swap: bool) -> int | None:
-    """Bytes that programs on this machine can still take, with what they can swap or without; None if not on Linux."""
+    """Bytes that this process can still take, with what the machine can swap or without; None if not on Linux."""
     try:
         told = dict(re.findall(r"(\w+):\s+(\d+) kB", MEMORY.read_text()))
     except OSError:
         return None
     if "MemAvailable" not in told:
         return None
-    return 1024 * (int(told["MemAvailable"]) + (int(told.get("SwapFree", 0)) if swap else 0))
+    free = 1024 * (int(told["MemAvailable"]) + (int(told.get("SwapFree", 0)) if swap else 0))
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> Iterator[int]:
+    """Bytes that the groups of processes that this one is in, such as a container or a job, have left of their own."""
+    with contextlib.suppress(OSError):
+        for line in GROUP.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for version in GROUP_VERSIONS:
+                if version.kind in kinds.split(","):
+                    yield from _left_to_group(GROUPS / version.folder, path, version)
+
+
+def _left_to_group(root: Path, path: str, version: GroupVersion) -> Iterator[int]:
+    """The same of a group and of those that it is part of, as far as they have a limit."""
+    folder = root / path.lstrip("/")
+    for group in (folder, *folder.parents):
+        if root not in (group, *group.parents):
+            return
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+            limit, used = (int((group / name).read_text()) for name in (version.limit, version.used))
+            cached = re.findall(
+                rf"^{version.cached}(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M
+            )
+            yield max(limit - used + sum(map(int, cached)), 0)
 
 
 def _first_line(error: BaseException) -> str:

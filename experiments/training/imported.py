@@ -25,7 +25,7 @@ def convert(config: Imported) -> int:
       UserError: the file cannot be read, or is of another network.
     """
     try:
-        files.require_writable(config.output.parent)
+        files.require_writable(config.output.expanduser().parent)
     except OSError as error:
         raise UserError(f"cannot write {config.output} ({error.strerror or error}): name another file.") from error
     model = Model(config.model, affine=config.affine, biases=config.biases)

@@ -15,7 +15,7 @@ DROP = 0.1  # what a learning rate is multiplied by at each of --drop-at
 def make_schedule(optim: Optim, steps: int, steps_per_epoch: int) -> optax.Schedule:
     """step -> learning rate. Of a warm-up, the rate is the schedule's times the part of it that is over."""
     schedule, warmup = _without_warmup(optim, steps, steps_per_epoch), optim.warmup_epochs * steps_per_epoch
-    if not warmup:
+    if warmup <= 1:  # over before the first step ends
         return schedule
     return lambda step: schedule(step) * optax.linear_schedule(1 / warmup, 1.0, max(round(warmup) - 1, 1))(step)
 

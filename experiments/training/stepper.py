@@ -293,8 +293,10 @@ class Shares:
                 self._batches.close()  # its workers end before new ones begin
             read = partial(_read, self._source, self._share)
             self._batches = batches_ahead(read, at, len(order[0]), self._workers, self.AHEAD)
-        self._next = at + 1
-        return next(self._batches)
+        self._next, batch = at + 1, next(self._batches)
+        if self._next == len(order[0]):
+            self._batches.close()  # its workers end with the epoch, and not when memory is collected
+        return batch
 
     def read_one(self, order: Order, at: int) -> Batch:
         """The same, and none is read ahead."""

@@ -13,7 +13,7 @@ from experiments.config.run import Run
 from experiments.config.sections import Data, Init, Model
 from experiments.data.load import load_shifted
 from experiments.data.source import Dataset
-from experiments.run import display
+from experiments.run import display, processes
 from experiments.run.errors import UserError, brief
 from experiments.run.placement import Placement
 from experiments.training import summary
@@ -89,6 +89,10 @@ def evaluate(config: Run) -> dict[str, Any]:
     file = Path(config.evaluate or "").expanduser()
     try:
         weights, masks, state, about = sm.load_subnetwork(file)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file} ({error.strerror or error}): --evaluate takes a file of a network."
+        ) from error
     except ValueError as error:
         raise UserError(f"{error}.") from error
     dataset = open_data(_data_of(config.data, about, type(config)().data, file))
@@ -104,9 +108,10 @@ def evaluate(config: Run) -> dict[str, Any]:
         each.dataset.name: evaluator.shifted_figures(params, placement.replicate(state), each) for each in shifted
     }
     recorded = {"recorded_accuracy": about.get("test_accuracy"), "recorded_loss": about.get("test_loss")}
-    _show(figures | recorded, about, dataset)
-    for name, each in others.items():
-        display.say(f"on {name}: {display.shifted_text(each)}")
+    if processes.is_first():
+        _show(figures | recorded, about, dataset)
+        for name, each in others.items():
+            display.say(f"on {name}: {display.shifted_text(each)}")
     return figures | recorded | ({"shifted": others} if others else {})
 
 

@@ -26,7 +26,7 @@ def sizes(network: Network, weights: Tree, state: Tree, masks: Tree) -> dict:
     """
     layers = {
         path: {"size": size, "kept": kept, "density": kept / size}
-        for path, (kept, size) in layer_counts(weights, masks).items()
+        for path, (kept, size) in kernel_counts(weights, masks).items()
     }
 
     def apply_fn(params, images):
@@ -41,7 +41,7 @@ def sizes(network: Network, weights: Tree, state: Tree, masks: Tree) -> dict:
     }
 
 
-def layer_counts(weights: Tree, masks: Tree) -> dict[str, tuple[int, int]]:
+def kernel_counts(weights: Tree, masks: Tree) -> dict[str, tuple[int, int]]:
     """{path: (kept, size)} of every prunable leaf; where there are no masks, all of every kernel is kept."""
     if jax.tree.leaves(masks):
         return ones_and_sizes(masks)

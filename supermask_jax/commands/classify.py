@@ -11,6 +11,7 @@ from supermask_jax.backend import jit
 from supermask_jax.commands import images as reading
 from supermask_jax.commands import networks, opened
 from supermask_jax.commands.answers import USAGE, Answer, Failure
+from supermask_jax.trees import nested
 
 Variables = dict[str, Any]
 BATCH = 250  # images
@@ -50,7 +51,7 @@ def run(
         raise Failure(f"--top must be from 1 to {network.classes}, the number of classes, got {top}", USAGE)
     found = reading.images(images, network.image_shape)
     right = None if labels is None else reading.labels(labels, len(found.names), network.classes)
-    variables = {"params": networks.nested(loaded.subnetwork()), **networks.nested(loaded.state)}
+    variables = {"params": nested(loaded.subnetwork()), **nested(loaded.state)}
     return Answer(_lines(network, variables, found, right, top, quiet))
 
 
@@ -85,8 +86,11 @@ def _probabilities(network: networks.Network, variables: Variables, size: int) -
     @jit
     def compiled(variables: Variables, images: jax.Array) -> jax.Array:
         normalised = (images.astype(jnp.float32) / 255 - mean) / std
+        if network.bfloat16:
+            params, normalised = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (variables["params"], normalised))
+            variables = variables | {"params": params}
         logits: Any = network.module.apply(variables, normalised)
-        return jax.nn.softmax(logits)
+        return jax.nn.softmax(logits.astype(jnp.float32))
 
     def probabilities(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((size, *images.shape[1:]), np.uint8)

@@ -28,8 +28,9 @@ def export(argument: str, *, to: str, output: str, base: str | None, max_bytes: 
       OSError: a file cannot be read or written.
     """
     file, path = opened.read(argument, max_bytes), Path(output).expanduser()
-    if path.exists() and path.samefile(file.path):
-        raise Failure(f"--output {path} is the file itself: choose another path", USAGE)
+    for flag, there in (("the file itself", file.path), ("what --base names", base and Path(base).expanduser())):
+        if there and path.exists() and there.exists() and path.samefile(there):
+            raise Failure(f"--output {path} is {flag}: choose another path", USAGE)
     if not path.parent.is_dir():
         raise Failure(f"--output {path}: there is no directory {path.parent}", USAGE)
     loaded = opened.load(file, None if base is None else opened.base_weights(base, file))

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from supermask_jax.commands.answers import USAGE, Failure
+from supermask_jax.container import sync_names
 
 PACKAGES = {"torch": "torch", "onnx": "onnx", "PIL": "pillow"}  # as they are imported, and as pip has them
 
@@ -34,10 +35,15 @@ def module(name: str, what: str) -> ModuleType:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the path of a new file, which takes the place of `path` at the end, unless an error ends the block.
 
+    The file and its name are then on the disk.
+
     Raises:
       OSError: the file cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / f"new{path.suffix}"
         yield new
+        with open(new, "rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(new, path)
+        sync_names(path.parent)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 SUFFIXES = (".png", ".jpg", ".jpeg")
+FORMATS = ("PNG", "JPEG")  # others start other programs, as EPS does
 LARGEST = 2**32  # bytes of an IDX file
 
 
@@ -144,7 +145,7 @@ def _opened(path: Path, image_shape: tuple[int, int, int]) -> Iterator["Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:
             if image.size != (w, h):
                 got = f"{image.size[1]} x {image.size[0]}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from supermask_jax.commands import opened
 from supermask_jax.commands.answers import Answer, by, table
-from supermask_jax.commands.opened import Opened
+from supermask_jax.commands.opened import Loaded, Opened
 from supermask_jax.header import Header
 
 
@@ -43,8 +43,8 @@ def info(argument: str, *, as_json: bool, with_gzip: bool, max_bytes: int | None
         "about": file.header["about"],
     }
     if with_gzip:
-        for name in names:
-            facts["masks"][name]["gzip_bytes"] = _gzip_bytes(file._replace(name=name))
+        for name, loaded in opened.load_each(file, names).items():
+            facts["masks"][name]["gzip_bytes"] = _gzip_bytes(file, loaded)
     return Answer(json.dumps(facts, indent=2).splitlines() if as_json else _text(facts))
 
 
@@ -86,9 +86,9 @@ def _sizes(file: Opened) -> dict[str, int]:
     return {"file": file.held.size, "dense_float32": dense, "dense_int8": coded, "state": state}
 
 
-def _gzip_bytes(file: Opened) -> int:
+def _gzip_bytes(file: Opened, loaded: Loaded) -> int:
     """Bytes of the subnetwork's weights in float32, and of the state, compressed by gzip."""
-    weights = b"".join(leaf.astype(np.float32).tobytes() for leaf in opened.load(file).subnetwork().values())
+    weights = b"".join(leaf.astype(np.float32).tobytes() for leaf in loaded.subnetwork().values())
     state = b"".join(leaf.tobytes() for leaf in file.held.state.values())
     return len(gzip.compress(weights + state, 6, mtime=0))
 

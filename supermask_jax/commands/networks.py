@@ -11,7 +11,6 @@ from flax.errors import FlaxError
 from supermask_jax.commands.answers import Failure, by
 from supermask_jax.commands.opened import Loaded
 from supermask_jax.models import zoo
-from supermask_jax.origins import Leaves
 from supermask_jax.trees import by_path
 
 TABLE: dict[str, tuple[Callable[..., zoo.Architecture], dict[str, type]]] = {
@@ -43,6 +42,7 @@ class Network(NamedTuple):
       classes: the number of logits.
       mean: of each channel, for pixels from 0 to 1; what the module is given is (pixels - mean) / std.
       std: of each channel.
+      bfloat16: whether parameters and images are rounded to bfloat16 before it computes, as in its training.
     """
 
     module: nn.Module
@@ -50,6 +50,7 @@ class Network(NamedTuple):
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bfloat16: bool = False
 
 
 def build(loaded: Loaded, file: Any) -> Network:
@@ -80,21 +81,11 @@ def build(loaded: Loaded, file: Any) -> Network:
         raise Failure(f"{file} holds other weights than those of {name} with {arguments} and {classes!r} classes")
     shape = _image_shape(about, file)
     channels = [_of_channels(about, which, shape[-1], file) for which in ("mean", "std")]
-    network = Network(make(classes, **arguments).module, shape, classes, *channels)
+    network = Network(
+        make(classes, **arguments).module, shape, classes, channels[0], channels[1], about.get("bfloat16") is True
+    )
     _check(network, loaded, file, name)
     return network
-
-
-def nested(leaves: Leaves) -> dict[str, Any]:
-    """Returns {path: array} as nested dictionaries, which Flax takes."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        inside = tree
-        for parent in parents:
-            inside = inside.setdefault(parent, {})
-        inside[last] = leaf
-    return tree
 
 
 def _is_size(value: Any) -> bool:

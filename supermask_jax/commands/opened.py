@@ -1,12 +1,11 @@
 """The file that an argument of the command line names, and the masks in it: read, or loaded with its weights."""
 
 import re
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -77,8 +76,10 @@ def read(argument: str, max_bytes: int | None = None) -> Opened:
     """
     path, name = Path(argument).expanduser(), None
     if not path.exists() and ":" in argument:
-        file, _, name = argument.rpartition(":")
-        path = Path(file).expanduser()
+        parts = argument.split(":")  # a name may have a colon too: the longest file that is there is meant
+        files = [":".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+        file = next((file for file in files if Path(file).expanduser().exists()), files[0])
+        path, name = Path(file).expanduser(), argument[len(file) + 1 :]
     try:
         held = contents.read(path, max_bytes=max_bytes)
     except ValueError as error:
@@ -89,18 +90,28 @@ def read(argument: str, max_bytes: int | None = None) -> Opened:
 
 
 def load(opened: Opened, base: Leaves | None = None) -> Loaded:
-    """Loads the network of a file that was read: its weights are drawn, and all hashes compared.
+    """Loads the network of a file that was read, as `load_each` does.
+
+    Raises:
+      Failure: as there; or the file holds several masks, and none was chosen.
+      OSError: the file cannot be read.
+    """
+    return load_each(opened, [opened.only], base)[opened.only]
+
+
+def load_each(opened: Opened, names: Sequence[str], base: Leaves | None = None) -> dict[str, Loaded]:
+    """Loads networks of a file that was read: the weights are drawn once, and all hashes compared.
 
     Args:
       opened: the file.
+      names: of the masks.
       base: {path: array} of the weights, for masks on somebody else's network.
 
     Raises:
-      Failure: the file is damaged; it needs base weights, and there are none, or others; it holds several masks, and
-        none was chosen.
+      Failure: the file is damaged; it needs base weights, and there are none, or others.
       OSError: the file cannot be read.
     """
-    origin, name = opened.header["origin"], opened.only
+    origin = opened.header["origin"]
     if origin["kind"] == "base" and base is None:
         raise Failure(
             f"{opened.path} holds masks on weights from {origin['source']!r}, not the weights: give them with --base",
@@ -111,8 +122,9 @@ def load(opened: Opened, base: Leaves | None = None) -> Loaded:
             found = artifact.load_subnetwork(opened.path, base=base, max_bytes=opened.max_bytes)
         except ValueError as error:
             raise _as_flags(error) from error
-        masks = found.masks if list(opened.held.masks) == [artifact.ONLY] else found.masks[name]
-        return Loaded(arrays_of(found.weights), arrays_of(masks), arrays_of(found.model_state), found.about)
+        several = {artifact.ONLY: found.masks} if list(opened.held.masks) == [artifact.ONLY] else found.masks
+        weights, state = arrays_of(found.weights), arrays_of(found.model_state)
+        return {name: Loaded(weights, arrays_of(several[name]), state, found.about) for name in names}
 
 
 def base_weights(file: str, opened: Opened) -> Leaves:
@@ -125,7 +137,9 @@ def base_weights(file: str, opened: Opened) -> Leaves:
     path, wanted = Path(file).expanduser(), opened.header["leaves"]
     try:
         arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
-    except (ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes the readers raise
         raise Failure(f"{path} is no whole .safetensors or .npz file of arrays ({error})") from error
     if missing := [leaf for leaf in wanted if leaf not in arrays]:
         raise Failure(f"{path} lacks {', '.join(missing[:5])}; it holds {', '.join([*arrays][:5]) or 'nothing'}")
@@ -133,17 +147,13 @@ def base_weights(file: str, opened: Opened) -> Leaves:
 
 
 def _npz(path: Path) -> Leaves:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def _safetensors(path: Path) -> Leaves:
-    arrays = {}
-    for name, tensor in safetensors.deserialize(path.read_bytes()):
-        if tensor["dtype"] in container.DTYPES:
-            dtype = jnp.dtype(container.DTYPES[tensor["dtype"]])
-            arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-    return arrays
+    stored = safetensors.deserialize(path.read_bytes())
+    return {name: container.array(tensor) for name, tensor in stored if tensor["dtype"] in container.DTYPES}
 
 
 def _as_flags(error: ValueError) -> Failure:

@@ -11,7 +11,7 @@ def verify(argument: str, *, base: str | None, max_bytes: int | None) -> Answer:
     Weights of frozen networks are drawn again for it.
 
     Args:
-      argument: FILE.
+      argument: FILE, or FILE:NAME for one of several masks.
       base: a .safetensors or .npz file of the weights, for masks on somebody else's network.
       max_bytes: what the network may take in memory, or None.
 

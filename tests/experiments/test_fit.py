@@ -291,6 +291,13 @@ def test_a_warm_up_rises_evenly_and_then_the_schedule_is_as_without():
     np.testing.assert_allclose([warm(t) / plain(t) for t in range(7)], [0.2, 0.4, 0.6, 0.8, 1, 1, 1], rtol=1e-6)
 
 
+def test_a_warm_up_of_less_than_a_step_is_none():
+    plain = make_schedule(changed(CONFIG, learning_rate=0.4).optim, 100, 50)
+    for epochs in (0.001, 0.01, 0.02):
+        warm = make_schedule(changed(CONFIG, learning_rate=0.4, warmup_epochs=epochs).optim, 100, 50)
+        assert [warm(t) for t in range(3)] == [plain(t) for t in range(3)]
+
+
 def test_nesterov_looks_ahead():
     optim = changed(CONFIG, momentum=0.9, nesterov=True).optim
     tx = make_optimizer(optim, optax.constant_schedule(0.1))

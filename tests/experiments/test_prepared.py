@@ -127,6 +127,13 @@ def test_what_only_tensorflow_can_read_is_an_error_that_says_so(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def test_the_newest_version_is_read_and_none_that_is_not_finished(tmp_path):
+    for name in ("3.0.2", "10.0.0", "incomplete.ABC_11.0.0", "11.0.0.incompleteABC"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / tfds.INFO).write_text("{}")
+    assert tfds.newest(tmp_path).name == "10.0.0" and tfds.newest(tmp_path / "none") is None
+
+
 def test_colour_digits_are_of_a_prepared_mnist(tmp_path):
     splits = {
         split: (noise(n, 10, n)[0][:, :28, :28, :1], np.arange(n) % 10) for split, n in (("train", 30), ("test", 20))

@@ -315,6 +315,25 @@ def test_a_streamed_source_is_read_once_for_every_step_in_order_and_ahead():
     assert run._compiled is not None and 0 < stepper.Shares.AHEAD < 9
 
 
+def test_reading_ahead_ends_with_the_epoch(monkeypatch):
+    ended, ahead = [], stepper.batches_ahead
+
+    def noting(*arguments):
+        try:
+            yield from ahead(*arguments)
+        finally:
+            ended.append(len(arguments))
+
+    monkeypatch.setattr(stepper, "batches_ahead", noting)
+    shares = stepper.Shares(images(12))
+    for epoch in (1, 2):
+        order = epoch_order(KEY, epoch, 12, 4)
+        for at in range(3):
+            assert len(ended) == epoch - 1
+            shares.read(order, at)
+    assert len(ended) == 2
+
+
 def test_what_fails_to_be_read_is_raised_where_the_steps_are_asked_for():
     class Broken(Arrays):
         def read(self, indices, draws=None):

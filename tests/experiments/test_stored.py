@@ -136,6 +136,12 @@ def test_a_run_that_is_not_finished_has_no_network(tmp_path):
         sm.load_run(tmp_path)
 
 
+def test_what_cannot_be_read_is_told_as_the_file_that_was_named(tmp_path, opened):
+    for file in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match=rf"cannot read {file} \(.*--evaluate takes a file of a network"):
+            evaluate(file)
+
+
 @pytest.mark.parametrize(
     ("about", "says"),
     [

@@ -589,6 +589,14 @@ def test_a_directory_that_is_missing_or_a_file_in_the_way_is_an_os_error(tmp_pat
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"] and not list((tmp_path / "folder").iterdir())
 
 
+def test_a_path_in_the_home_directory_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights, masks = small()
+    sm.save_subnetwork("~/net.safetensors", sm.Subnet(weights, masks), Stored())
+    assert (tmp_path / "net.safetensors").is_file()
+    same(sm.load_subnetwork("~/net.safetensors").masks, masks)
+
+
 def test_a_file_may_be_read_by_whom_the_umask_allows(file):
     old = os.umask(0o027)
     try:

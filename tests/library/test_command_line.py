@@ -429,6 +429,7 @@ def test_every_error_is_a_paragraph_with_its_status(command, file, tmp_path, mon
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.gz").write_bytes(gzip.compress(bytes(1000))[:20])
     (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(images(1)[0]).save(tmp_path / "eps.png", "EPS")
     Image.fromarray(images(1)[0]).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:50])
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
@@ -451,6 +452,7 @@ def test_every_error_is_a_paragraph_with_its_status(command, file, tmp_path, mon
         (("info", tmp_path), 2, "directory"),
         (("info", tmp_path / "text.safetensors"), 1, "text.safetensors"),
         (("info", file, "--max-bytes", "0"), 2, "--max-bytes"),
+        (("info", file, "--max-bytes", "4GB"), 2, "'4GB' is no whole number above 0"),
         (("info", file, "--max-bytes", "10"), 1, "--max-bytes"),
         (("info", f"{file}:late"), 2, "late"),
         (("export", file, "--to", "docx", "--output", "x"), 2, "docx"),
@@ -460,6 +462,7 @@ def test_every_error_is_a_paragraph_with_its_status(command, file, tmp_path, mon
         ((*run, tmp_path / "none"), 2, "none"),
         ((*run, tmp_path / "text.png"), 1, "text.png"),
         ((*run, tmp_path / "cut.png"), 1, "cut.png"),
+        ((*run, tmp_path / "eps.png"), 1, "eps.png"),  # whose reader starts another program
         ((*run, tmp_path / "huge.png"), 1, "huge.png"),
         ((*run, tmp_path / "narrow.png"), 2, "2 x 2"),
         ((*run, tmp_path / "mixed"), 2, "b.png has 1 x 3"),  # and no line of a.png
@@ -477,6 +480,59 @@ def test_every_error_is_a_paragraph_with_its_status(command, file, tmp_path, mon
     ):
         status, text = command(*arguments)
         assert (status, told in " ".join(text.split())) == (expected, True), (arguments, text)
+
+
+def test_an_export_does_not_take_the_place_of_the_weights_that_it_reads(command, tmp_path):
+    file = save(tmp_path / "net.safetensors", origin=artifact.Base("https://example.org/net"))
+    base = tmp_path / "base.npz"
+    np.savez(base, **{f"{layer}/kernel": np.asarray(leaf["kernel"]) for layer, leaf in weights().items()})
+    before = base.read_bytes()
+    status, told = command("export", file, "--base", base, "--to", "npz", "--output", base)
+    assert status == 2 and "what --base names" in " ".join(told.split()) and base.read_bytes() == before
+
+
+def test_base_weights_that_are_damaged_or_no_archive_are_told(command, tmp_path):
+    file = save(tmp_path / "net.safetensors", origin=artifact.Base("https://example.org/net"))
+    arrays = {f"{layer}/kernel": np.asarray(leaf["kernel"]) for layer, leaf in weights().items()}
+    np.savez_compressed(tmp_path / "whole.npz", **arrays)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "one.npy", arrays["Dense_0/kernel"])
+    (tmp_path / "one.npz").write_bytes((tmp_path / "one.npy").read_bytes())
+    status, told = command("verify", file, "--base", tmp_path / "one.npz")
+    assert status == 1 and "no whole .safetensors or .npz file" in " ".join(told.split())
+    for at in range(0, len(whole), 7):
+        (tmp_path / "cut.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        assert command("verify", file, "--base", tmp_path / "cut.npz")[0] in (0, 1), at
+
+
+def test_masks_whose_name_has_a_colon_are_chosen_by_it(command, tmp_path):
+    found = {"task:1": sm.Subnet(weights(), masks(1)), "1": sm.Subnet(weights(), masks(2))}
+    file = save(tmp_path / "net.safetensors", found)
+    for name in found:
+        status, out = command("info", f"{file}:{name}", "--json")
+        assert status == 0 and list(json.loads(out)["masks"]) == [name]
+
+
+def test_gzip_of_many_masks_draws_the_weights_once(command, two, monkeypatch):
+    loads, load = [], artifact.load_subnetwork
+    monkeypatch.setattr(artifact, "load_subnetwork", lambda *a, **k: loads.append(a) or load(*a, **k))
+    sizes = {
+        name: told["gzip_bytes"]
+        for name, told in json.loads(command("info", two, "--gzip", "--json")[1])["masks"].items()
+    }
+    assert len(loads) == 1 and len(sizes) == 2
+    for name, size in sizes.items():
+        assert json.loads(command("info", f"{two}:{name}", "--gzip", "--json")[1])["masks"][name]["gzip_bytes"] == size
+
+
+def test_run_computes_in_bfloat16_where_the_network_was_trained_so(command, file, tmp_path):
+    narrow = save(tmp_path / "narrow.safetensors", about=ABOUT | {"bfloat16": True})
+    pixels = idx(tmp_path / "images.idx", images(50))
+    wide, rounded = (
+        [line.split("\t") for line in command("run", f, "--images", pixels)[1].splitlines()] for f in (file, narrow)
+    )
+    differ = [abs(float(a[2]) - float(b[2])) for a, b in zip(wide, rounded, strict=True)]
+    assert 0 < max(differ) < 0.05
 
 
 @pytest.mark.parametrize(("package", "arguments"), [("torch", ("--to", "torch")), ("onnx", ("--to", "onnx"))])

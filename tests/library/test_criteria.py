@@ -75,6 +75,10 @@ def test_random_scores_depend_only_on_the_key_and_the_path():
     assert abs(np.corrcoef(scores["a"].ravel(), scores["c"].ravel())[0, 1]) < 0.2
     assert abs(np.corrcoef(scores["a"].ravel(), other["a"].ravel())[0, 1]) < 0.2
     assert np.unique(scores["a"]).size > 590  # drawn in float32: in the weights' bfloat16 most would tie
+    with jax.enable_x64(True):
+        wide = criterion("random", weights, weights, key=jax.random.key(0))
+    chex.assert_trees_all_equal(wide, scores)
+    assert wide["a"].dtype == np.float32
 
 
 def test_an_unknown_criterion_a_random_one_without_a_key_and_no_weights_are_refused():

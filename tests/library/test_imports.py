@@ -28,7 +28,7 @@ ALLOWED = {
     "draws": set(),
     "selection": {"checks", "densities", "draws", "leaves", "threshold", "trees"},
     "initializers": {"densities", "draws", "leaves", "names", "trees"},
-    "criteria": {"trees"},
+    "criteria": {"draws", "trees"},
     "saliency": {"checks", "criteria", "densities", "leaves", "selection", "trees", "units"},
     "lottery": {"densities", "leaves", "selection", "trees", "units"},
     "construction": {"draws", "trees"},

@@ -220,6 +220,25 @@ def test_inspect_shows_every_leaf_and_warns_of_what_would_go_wrong_silently():
     assert any("fewer weights than they have inputs or outputs: Dense_0/kernel" in line for line in few)
 
 
+def test_leaves_without_entries_are_inspected():
+    weights = {"kernel": jnp.ones((8, 6)), "norm": {"scale": jnp.ones((0, 3))}, "empty": {"bias": jnp.ones((0,))}}
+
+    def apply_fn(params, x):
+        return x @ params["kernel"] + jnp.sum(params["norm"]["scale"].reshape(3, 0)) + jnp.sum(params["empty"]["bias"])
+
+    assert {row.path for row in sm.inspect(weights, apply_fn, jnp.ones((2, 8))).rows} == set(by_path(weights))
+    assert not names.is_closed(jnp.ones((0, 3)), (0,)) and names.is_closed(jnp.zeros((2, 3)), (0,))
+
+
+def test_equal_layouts_have_one_hash_and_one_without_kernels_is_still_a_layout():
+    weights = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 4))}
+    layout = sm.describe(None, weights)
+    turned = sm.Layout(dict(reversed(layout.leaves.items())))
+    assert layout == turned and hash(layout) == hash(turned)
+    bare = sm.Layout({"bias": sm.describe(None, {"a": jnp.ones((4, 8)), "bias": jnp.ones(4)}).leaves["bias"]})
+    assert len(bare) == 0 and sm.trees.fan_in_of(None, bare) == bare.fan_in
+
+
 def test_inspect_takes_shapes_and_names_alone():
     weights = {"conv": {"w": jax.ShapeDtypeStruct((4, 8, 6), jnp.float32)}}
     found = sm.inspect(weights)

@@ -90,6 +90,12 @@ def test_half_precision_logits_are_widened_first():
         assert measure(logits, GOLDEN["labels"]) == measure(wide, GOLDEN["labels"])
 
 
+def test_a_measure_is_float32_where_jax_makes_64_bits_by_default():
+    with jax.enable_x64(True):
+        for name in ("expected_calibration_error", "negative_log_likelihood", "brier", "accuracy"):
+            assert getattr(metrics, name)(LOGITS, LABELS).dtype == np.float32, name
+
+
 NAN = np.array([[np.nan, 0], [0, 1], [0, 1], [0, 1]], np.float32)
 
 

@@ -304,6 +304,12 @@ def test_one_round_is_one_shot_pruning():
     chex.assert_trees_all_equal(prune_in_rounds(lambda masks: scores, 0.3, 1), sm.global_masks(scores, 0.3))
 
 
+def test_a_density_of_zero_keeps_nothing_whatever_the_rounds():
+    (scores,) = draws(1)
+    for rounds in (1, 2, 5):
+        assert count_of(prune_in_rounds(lambda masks: scores if masks is None else None, 0, rounds)) == 0
+
+
 @pytest.mark.float32
 def test_no_slip_of_floating_point_keeps_a_weight_too_many():
     counts, (scores,) = [], draws(1)

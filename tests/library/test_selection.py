@@ -336,6 +336,22 @@ def test_random_masks_refuse_densities_that_do_not_fit():
         sm.random_masks(jax.random.key(0), {"bias": jnp.ones(3)}, 0.3)
 
 
+def test_a_minimum_works_under_jit_and_with_bool_masks_within():
+    scores = {name: draw("normal", shape, seed=i) for i, (name, shape) in enumerate({"a": (20, 30), "b": (7,)}.items())}
+    expected = sm.global_masks(scores, 0.1, minimum=5)
+    assert expected["b"].sum() >= 5
+    chex.assert_trees_all_equal(jax.jit(lambda s: sm.global_masks(s, 0.1, minimum=5))(scores), expected)
+    by_count = jax.jit(lambda s, count: keep_highest_of_all(s, count, minimum=5))
+    chex.assert_trees_all_equal(by_count(scores, sm.keep_count(0.1, 607)), expected)
+    within = {name: np.arange(score.size).reshape(score.shape) % 3 > 0 for name, score in scores.items()}
+    numbers = {name: mask.astype(np.float32) for name, mask in within.items()}
+    of_numbers = keep_highest_of_all(scores, 60, numbers, minimum=3)
+    chex.assert_trees_all_equal(keep_highest_of_all(scores, 60, within, minimum=3), of_numbers)
+    chex.assert_trees_all_equal(jax.jit(lambda s: keep_highest_of_all(s, 60, within, minimum=3))(scores), of_numbers)
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda s, w: keep_highest_of_all(s, 60, w, minimum=3))(scores, within)
+
+
 def test_top_k_mask_ranks_signed_scores_not_their_magnitudes():
     mask = jax.jit(lambda s: sm.top_k_mask(s, 0.7))(np.array([-9.0, 0.5, 2.0, -0.1, 1.0], np.float32))
     chex.assert_trees_all_equal(mask, np.array([0, 1, 1, 1, 1], np.float32))

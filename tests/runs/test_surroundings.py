@@ -66,6 +66,26 @@ def test_few_open_files_are_raised_where_that_is_allowed_and_an_error_where_it_i
         surroundings.require_usable()
 
 
+@pytest.mark.parametrize("version", surroundings.GROUP_VERSIONS)
+def test_what_a_container_or_a_job_may_still_take_bounds_the_free_memory(version, tmp_path, monkeypatch):
+    names = {"MEMORY": "meminfo", "GROUP": "cgroup", "GROUPS": "groups"}
+    for constant, name in names.items():
+        monkeypatch.setattr(surroundings, constant, tmp_path / name)
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\nSwapFree: 500 kB\n")
+    (tmp_path / "cgroup").write_text(f"3:pids:/\n7:{version.kind}:/jobs/one\n")
+    assert surroundings.free_memory(swap=True) == 1500 * 1024  # no such groups are mounted
+    jobs = tmp_path / "groups" / version.folder / "jobs"
+    (jobs / "one").mkdir(parents=True)
+    for group, limit, used in ((jobs, 900_000, 500_000), (jobs / "one", 600_000, 450_000)):
+        (group / version.limit).write_text(f"{limit}\n")
+        (group / version.used).write_text(f"{used}\n")
+        cached = f"{version.cached}inactive_file 20000\n{version.cached}active_file 3000\n"
+        (group / "memory.stat").write_text(f"anon 7\n{cached}")
+    assert surroundings.free_memory(swap=True) == 600_000 - 450_000 + 23_000
+    (jobs / "one" / version.limit).write_text("max\n")
+    assert surroundings.free_memory(swap=False) == 900_000 - 500_000 + 23_000
+
+
 FAULTS = """
 import resource
 import jax
