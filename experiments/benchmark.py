@@ -93,11 +93,11 @@ def main(config: Config) -> dict:
     file = Path(config.output or f"runs/benchmark/{config.measures}.json")
     if file.is_dir():
         raise UserError(f"{file} is a directory; name a file with --output.")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files.require_writable(file.parent)  # before hours are measured
     console = Console(file=sys.stdout)
     skips_torch = config.skip_torch or config.measures not in ("benchmark", "cifar")
     no_torch = "skipped" if skips_torch else torch_steps.why_no_torch()
-    about = rows.about(config, no_torch)
+    about = rows.about(config, no_torch, on_cpu=config.scaling or config.growth or config.faults)
     if config.scaling:
         with console.status("several devices: minutes"):
             figures = scaling.measure(config.rounds)

@@ -6,6 +6,7 @@ a run of `experiments.mnist`. An interrupted or widened sweep resumes with the c
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from experiments.config.flags import parser
@@ -69,7 +70,6 @@ def main(config: Config) -> dict:
     """Trains, or finishes, every cell, evaluates its files, draws bits.png and returns what summary.json holds."""
     from experiments.plots import bits as plots  # here, so that --help answers at once
     from experiments.plots import style
-    from experiments.run.files import write_json
     from experiments.sweeps import bits, cells
 
     dataset = cells.open_data(config.data)
@@ -77,10 +77,12 @@ def main(config: Config) -> dict:
     grid = bits.grid(config.methods, config.densities, config.distributions, config.seeds, shared)
     if "dense" in config.methods:
         grid += bits.small(config.small, config.widths, config.seeds, shared)
-    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset)
-    summary["rows"] = bits.files(path, grid, summary["rows"], config.dtypes, dataset)
-    summary["points"] = plots.points(summary["rows"])
-    write_json(path / "summary.json", summary)
+
+    def complete(path: Path, summary: dict) -> dict:
+        rows = bits.files(path, grid, summary["rows"], config.dtypes, dataset)
+        return {**summary, "rows": rows, "points": plots.points(rows)}
+
+    path, summary = cells.carry_out(config.workdir, flat(config), grid, dataset, complete=complete)
     style.save(plots.bits(summary), path / "bits.png")
     bits.show(summary["points"], dataset.name)
     print(f"figures and picture: {path}")

@@ -48,8 +48,8 @@ class Config:
     methods: tuple[Literal[*CHOOSING], ...] = ("magnitude", "snip", "grasp", "synflow", "set", "rigl")
     """What random pruning is compared with, beside dense training."""
     model: Literal[*sized.NAMES] = "cnn"
-    """The network. In an mlp er and erk are the same. resnet: those of CIFAR-10, trained by SGD on shifted and mirrored
-    images; the others, by Adam."""
+    """The network. In an mlp er and erk are the same. resnet: those of CIFAR-10. The data set decides on the training:
+    sets like CIFAR by SGD on shifted and mirrored images, others by Adam."""
     width: int = 16
     """Channels (cnn) or units (mlp) of each hidden layer, or channels of the first stage (resnet), in the sweep over
     distributions and methods."""

@@ -44,7 +44,9 @@ def pytest_unconfigure(config):
 def compiled_once(tmp_path_factory):
     """What processes of their own compile is kept for the next ones: that is most of the time of a small run."""
     with pytest.MonkeyPatch.context() as patch:  # too late for this process, which has imported jax
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp().parent / "compiled"))
+        own = tmp_path_factory.getbasetemp()  # of one of several processes of this session, or of the session
+        session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(session / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
 

@@ -11,6 +11,7 @@ from experiments.bench.rows import cores, row
 from experiments.data.imagenet import imagenet
 from experiments.data.photographs import Photographs
 from experiments.data.stream import batches_ahead
+from experiments.run.errors import DataError
 
 BATCH = 256
 AHEAD = 4  # batches that are read before they are needed
@@ -29,7 +30,10 @@ def measure(root: Path, image_size: int, rounds: int) -> dict:
     Returns:
       "rows": images a second of one core, of all cores by threads, and by as many workers; and the growth of memory.
     """
-    train = imagenet(root, image_size).train
+    dataset = imagenet(root, image_size)
+    train = dataset.train
+    if not len(train):
+        raise DataError(f"{dataset.source}: there are no training photographs to read")
     group = f"reading photographs of {_pixels(train)} megapixels to {image_size} pixels"
     one, every = _rates(train, rounds, 1), _rates(train, rounds, cores())
     workers = _rate_of_workers(train, cores())

@@ -80,19 +80,20 @@ def instructions() -> str:
     return next((name for flag, name in widest if flag in flags), platform.machine())
 
 
-def about(config, no_torch: str | None) -> dict:
+def about(config, no_torch: str | None, on_cpu: bool = False) -> dict:
     """What the figures were measured on and with.
 
     Args:
       config: the settings, a dataclass.
       no_torch: why PyTorch was not measured, or None.
+      on_cpu: whether what is measured runs on the CPU, whatever else there is.
     """
     versions = summary.versions()
     if not no_torch:
         versions["torch"] = importlib.metadata.version("torch")
     return {
         "config": dataclasses.asdict(config),
-        "device": summary.machine(),
+        "device": f"cpu (cpu), {platform.machine()}" if on_cpu else summary.machine(),
         "cores": cores(),
         "instructions": instructions(),
         "torch": no_torch or versions["torch"],

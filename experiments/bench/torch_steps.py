@@ -3,6 +3,7 @@
 torch is optional, so it is imported only where it is measured.
 """
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,12 +21,13 @@ from supermask_jax.trees import by_path
 
 def why_no_torch() -> str | None:
     """Why torch cannot be measured, or None."""
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         return "torch not installed"
-    supported = jax.default_backend() == "cpu" or torch.cuda.is_available()
-    return None if supported else "torch does not support this device"
+    if jax.default_backend() == "cpu":
+        return None  # importing it here would count in the peak memory of this process
+    import torch
+
+    return None if torch.cuda.is_available() else "torch does not support this device"
 
 
 def torch_arguments(start: Start, ours: OurStep) -> dict[str, Any]:

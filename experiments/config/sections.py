@@ -26,13 +26,13 @@ class Masks:
     """Which weights are kept, and what learns."""
 
     method: Literal[*METHODS] = "edge-popup"
-    """Scores learn, weights never: edge-popup keeps the highest scores; bernoulli learns the probability that each
-    weight is kept. Weights learn: dense, all of them; random, magnitude, snip, grasp and synflow, under masks chosen
-    before training; gradual prunes the smallest as it trains; set and rigl replace the smallest by random ones, or by
-    those of the largest gradient."""
+    """Scores learn, weights never: edge-popup keeps the scores of largest magnitude; bernoulli learns the probability
+    that each weight is kept; threshold keeps all scores above 0. Weights learn: dense, all of them; random, magnitude,
+    snip, grasp and synflow, under masks chosen before training; gradual prunes the smallest as it trains; set and rigl
+    replace the smallest by random ones, or by those of the largest gradient."""
     density: float = 0.5
-    """Fraction of the weights that is kept, in (0, 1]. dense, which keeps all, and bernoulli, which learns how many,
-    ignore it."""
+    """Fraction of the weights that is kept, in (0, 1]. dense, which keeps all, and bernoulli and threshold, which learn
+    how many, ignore it."""
     distribution: Literal[*DISTRIBUTIONS] = "uniform"
     """How the layers share the density. global: all layers are ranked together; uniform: the same in each layer;
     uniform+, er, erk, erk+: published rules; snip, grasp, synflow: as much as their ranking keeps in each layer."""

@@ -52,11 +52,13 @@ class Failed(Exception):
     """A run that did not reach the point where it should be harmed."""
 
 
+ON_CPU = {"JAX_PLATFORMS": "cpu"}  # of the environment: one process would take an accelerator's memory from the next
+
+
 class ChildRun:
     """A command of the experiments in processes of its own. As a context manager it kills them at its end.
 
-    The run computes on the CPU, because one process would take an accelerator's memory from the next. Compiled programs
-    are kept in `scratch` for the next run: compiling is most of a start's time.
+    The run computes on the CPU. Compiled programs, most of a start's time, are kept in `scratch` for the next run.
 
     Args:
       scratch: a directory for the output, which is named like the work directory.
@@ -82,7 +84,7 @@ class ChildRun:
         self._logs = [scratch / f"{workdir.name}.{number}.log" for number in range(job.processes)]
         environment = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
+            **ON_CPU,
             "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **(variables or {}),

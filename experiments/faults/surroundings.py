@@ -24,6 +24,7 @@ import jax
 from experiments.faults.child_run import (
     CIFAR,
     MNIST,
+    ON_CPU,
     ROOT,
     ChildRun,
     Fault,
@@ -48,7 +49,7 @@ def closed_streams(scratch: Path) -> Fault:
         workdir = scratch / f"stream-{number}"
         command = [sys.executable, "-m", MNIST.command, *MNIST.flags, "--epochs", str(MNIST.epochs)]
         shell = f"{shlex.join([*command, '--workdir', str(workdir)])} {where}; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True)
         differs = differences(results(workdir), expected) if done.returncode == 0 else ["unfinished"]
         seen = {"where": where, "status": done.returncode, "said": done.stderr[-500:], "differs": differs}
         details.append({**seen, "survived": not differs and "Traceback" not in done.stderr})
@@ -167,6 +168,7 @@ def _on_terminal(
     _resize(ours, columns)
     command = [sys.executable, "-m", MNIST.command, *MNIST.flags, *flags]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    environment |= ON_CPU
     shown = []
     with subprocess.Popen(command, cwd=ROOT, env=environment | variables, stdin=theirs, stdout=theirs, stderr=theirs):
         os.close(theirs)

@@ -44,7 +44,7 @@ def bits(summary: Mapping[str, Any]):
     trained = counted(config["epochs"], "epoch")
     if config["train_images"]:
         trained += f" of {config['train_images']:,} images"
-    title = f"{what} · {trained} · {seeds_note(config['seeds'])}"
+    title = f"{what} · {trained} · {seeds_note(summary)}"
     figure = new_figure(title, 9.6, 7.2)
     ax = figure.subplots()
     style_axes(ax, "bytes of the network's file, log scale", ACCURACY_LABEL)

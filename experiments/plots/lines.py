@@ -38,9 +38,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def seeds_note(number: int) -> str:
-    """The part of a title that says how many seeds the lines are of."""
-    return f"mean of {number} seeds, band from lowest to highest" if number > 1 else counted(number, "seed")
+def seeds_note(summary: Mapping[str, Any]) -> str:
+    """The part of a sweep's title that says how many seeds the lines are of, and how many runs are not in them."""
+    number, left_out = summary["config"]["seeds"], len(summary.get("left_out", ()))
+    note = f"mean of {number} seeds, band from lowest to highest" if number > 1 else counted(number, "seed")
+    return f"{note}, {counted(left_out, 'run')} left out" if left_out else note
 
 
 def as_drawn(values: Any, accuracy: bool) -> np.ndarray:
@@ -83,9 +85,11 @@ def draw_level(ax, values: list[float], label: str, accuracy: bool = False) -> N
 
 
 def log_ticks(ax, values: Iterable[float], percent: bool = False) -> None:
-    """Gives the axes a log x axis with a tick at each value, except at those too near to the one before."""
-    values = sorted(set(values))
-    values = [v for before, v in zip([0, *values], values, strict=False) if v > MINIMUM_RATIO * before]
+    """Gives the axes a log x axis with a tick at each value, except at those too near to the tick before."""
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value > MINIMUM_RATIO * ticks[-1]:
+            ticks.append(value)
     ax.set_xscale("log")
-    ax.set_xticks(values, [f"{100 * v:g}" if percent else f"{v:g}" for v in values])
+    ax.set_xticks(ticks, [f"{100 * v:g}" if percent else f"{v:g}" for v in ticks])
     ax.set_xticks([], minor=True)

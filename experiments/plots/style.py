@@ -1,22 +1,24 @@
 """How the pictures look: colours, figures, axes. No pyplot, which would keep figures alive and may want a display."""
 
-import os
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 
-from experiments.run.files import naming
+from experiments.run.files import write_bytes
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
 MARKERS = "os^vPXD"
 GREY = 0.72  # of what is dropped
 DOTS_PER_INCH = 200
+FEWEST_TICKS = 2  # of a log axis
 USUAL_STAGES = "random subnetwork", "trained subnetwork"  # what a network is called before and after training ...
 STAGES = {  # ... except by these methods
     "edge-popup": ("random subnetwork", "learned subnetwork"),
     "bernoulli": ("nothing kept", "learned subnetwork"),
+    "threshold": ("random subnetwork", "learned subnetwork"),
     "dense": ("random network", "trained network"),
     "gradual": ("random network", "trained subnetwork"),
 }
@@ -29,14 +31,15 @@ def stages(method: str) -> tuple[str, str]:
 
 def save(figure, file: Path) -> None:
     """Writes a PNG atomically. The same figure gives the same bytes in every process."""
+    write_bytes(file, png(figure))
+
+
+def png(figure, **more) -> bytes:
+    """The bytes of a PNG, which are the same in every process; more: of matplotlib's `savefig`."""
     _fix_layout(figure)
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with naming(file):
-            figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", **({"dpi": DOTS_PER_INCH} | more))
+    return stream.getvalue()
 
 
 def _fix_layout(figure) -> None:
@@ -95,9 +98,13 @@ def log_axis(ax, values, accuracy: bool = False) -> None:
     low, high, zeros = positive.min(), positive.max(), bool((values <= 0).any())
     ax.set_yscale("symlog", linthresh=low, linscale=0.3) if zeros else ax.set_yscale("log")
     bottom, top = -0.1 * low if zeros else low / 1.25, high * 1.25
-    steps = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 3e3 * low else (1,)
-    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks = [0.0] * zeros + [m * 10.0**p for p in powers for m in steps if low / 1.25 <= m * 10.0**p <= top]
+    powers = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
+    usual = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 3e3 * low else (1,)
+    for steps in (usual, np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        ticks = [float(f"{m * 10.0**p:.3g}") for p in powers for m in steps if low / 1.25 <= m * 10.0**p <= top]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    ticks = [0.0] * zeros + ticks
     ax.set_yticks(ticks, [f"{100 - tick if accuracy else tick:g}" for tick in ticks])
     ax.set_yticks([], minor=True)
     ax.set_ylim(*(top, bottom) if accuracy else (bottom, top))

@@ -1,5 +1,6 @@
 """The pictures of the sweeps, drawn from the contents of their summary.json."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def comparison(summary: dict):
     rows, config = summary["rows"], summary["config"]
     panels = [("test_accuracy", "asked"), ("test_accuracy", "flops")]
     panels += [(name, "asked") for name in ("ece", "fgsm_accuracy") if all(name in row for row in rows)]
-    note = seeds_note(config["seeds"])
+    note = seeds_note(summary)
     title = f"{config['model']} on {summary['dataset']} · {counted(config['epochs'], 'epoch')} · {note}"
     figure = new_figure(title, 12.4, 4.3 * (len(panels) // 2) + 1.1)
     for ax, (y, x) in zip(figure.subplots(-(-len(panels) // 2), 2).ravel(), panels, strict=True):
@@ -62,16 +63,19 @@ def _compared(ax, rows: Rows, x: str, y: str) -> None:
         log_ticks(ax, places, percent=True) if x == "asked" else ax.set_xscale("log")
         ax.tick_params(which="both", labelsize=8)
     drawn = [row[y] for row in masked]
-    for method in dict.fromkeys(row["method"] for row in rows if row["asked"] == 1):  # those that take no density
+    without = dict.fromkeys(row["method"] for row in rows if row["asked"] == 1)  # those that take no density
+    for method, marker in zip(without, itertools.cycle("*X^v"), strict=False):
         own = [row for row in rows if row["method"] == method]
         if all(row["density"] == 1 for row in own):
             values = [row[y] for row in own]
             draw_level(ax, values, f"{method}, all weights", accuracy)
-        elif y == "test_accuracy":  # other figures are of the deterministic mask, which such a method does not learn
+        elif y == "test_accuracy" or not any("test_sampled_accuracy" in row for row in own):
+            # Of sampled masks, other figures are of the deterministic mask, which is not what was learned.
             values = [row.get("test_sampled_accuracy", row[y]) for row in own]
             place = float(np.mean([row["density" if x == "asked" else x] for row in own]))
             label = f"{method}, {'drawn masks, ' * ('test_sampled_accuracy' in own[0])}density learned"
-            ax.plot(place, as_drawn(np.mean(values), True), "*", color="black", markersize=11, label=label)
+            level = as_drawn(np.mean(values), accuracy)
+            ax.plot(place, level, marker, color="black", markersize=11, label=label)
         else:
             continue
         drawn += values
@@ -102,7 +106,7 @@ def distributions(summary: dict):
     panels = [panel for panel in panels if all(row.get(panel[2]) is not None for row in rows)]
     lines, columns = (2, 3) if len(panels) > 2 else (1, 2)
     network = f"{_described(config)}, on {summary['dataset']}"
-    title = f"{network} · {counted(config['epochs'], 'epoch')} · {seeds_note(config['seeds'])}"
+    title = f"{network} · {counted(config['epochs'], 'epoch')} · {seeds_note(summary)}"
     figure = new_figure(title, 5 * columns, 4.25 * lines + 1)
     for ax, (heading, chosen, y, label) in zip(figure.subplots(lines, columns).ravel(), panels, strict=False):
         accuracy = y.endswith("accuracy")
@@ -137,7 +141,7 @@ def sizes(summary: dict):
     if not rows:
         return None
     network = f"{config['model']} on {summary['dataset']}"
-    title = f"random pruning by size · {network} · {counted(config['epochs'], 'epoch')} · {seeds_note(config['seeds'])}"
+    title = f"random pruning by size · {network} · {counted(config['epochs'], 'epoch')} · {seeds_note(summary)}"
     figure = new_figure(title, 5.6 * len(depths) + 1, 4.6)
     for ax, depth in zip(figure.subplots(1, len(depths), squeeze=False, sharey=True)[0], depths, strict=True):
         chosen = [row for row in rows if row["depth"] == depth]
@@ -158,7 +162,7 @@ def learned(summary: dict):
     columns = min(2, len(parts))
     lines = -(-len(parts) // columns)
     what = f"edge-popup at density {config['density']:g} on {summary['dataset']}"
-    title = f"{what} · {counted(config['epochs'], 'epoch')} · {seeds_note(config['seeds'])}"
+    title = f"{what} · {counted(config['epochs'], 'epoch')} · {seeds_note(summary)}"
     figure = new_figure(title, 6 * columns, 4.4 * lines + 0.6)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(parts) :]:
@@ -174,10 +178,10 @@ def learned(summary: dict):
 
 def construction(summary: dict):
     """Draws the errors of weights and logits, and the test accuracy, of networks pruned to be like a target."""
-    built, config = summary["construction"], summary["config"]
+    built = summary["construction"]
     units = "-".join(map(str, built["target"].get("units", (784, 32, 10))))
     what = f"a trained {units} MLP in a random one twice as deep"
-    figure = new_figure(f"{what} · {summary['dataset']} · {seeds_note(config['seeds'])}", 14, 4.4)
+    figure = new_figure(f"{what} · {summary['dataset']} · {seeds_note(summary)}", 14, 4.4)
     panels = (
         ("weight_error", "mean weight error (part of the layer's largest), log scale"),
         ("output_error", "mean error of the logits (part of their deviation), log scale"),

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from experiments.config.settings import flat
 from experiments.reports.commands import CONFIGS, NO_FLAG, Kind, command_of
-from experiments.run.names import FIRST_NAMES, plain
+from experiments.run.names import by_present_names, plain
+from experiments.run.workdir import REPLACED
 
 CHANGE_NOTHING_HERE = {*NO_FLAG, "data", "assess", "ood", "shifted", "trials", "inferred_images", "temperature"}
 
@@ -47,12 +48,15 @@ class Result(NamedTuple):
 def results(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """(every result in the JSON files of these folders, each seed once; the files that could not be read).
 
-    Of a run's directory only summary.json is read. Of a seed that lies in two places, the first counts.
+    Of a run's directory only summary.json is read, and nothing of what --restart put aside. Of a seed that lies in two
+    places, the first counts.
     """
     found: dict[tuple, Result] = {}
     damaged = []
     for file in (file for folder in folders for file in sorted(folder.rglob("*.json"))):
         if (file.parent / "summary.json").exists() and file.name != "summary.json":
+            continue
+        if any(part.startswith(f"{REPLACED}-") for part in file.parts):
             continue
         try:
             for result in _within(json.loads(file.read_text()), ""):
@@ -103,8 +107,4 @@ def _result(kind: Kind, summary: dict, settings: dict, accuracy: float, density:
 
 def _settings(kind: Kind, summary: dict) -> dict[str, Any]:
     """The settings by their present names; those that are newer than the run have the values of their defaults."""
-    renamed = {old: new for new, old in FIRST_NAMES.items()}
-    stored = {renamed.get(name, name): value for name, value in summary["config"].items()}
-    if isinstance(stored.get("ood"), str):  # there was one at most, or "none"
-        stored["ood"] = [] if stored["ood"] == "none" else [stored["ood"]]
-    return plain(flat(CONFIGS[kind]())) | stored | {"dataset": summary["dataset"]}
+    return plain(flat(CONFIGS[kind]())) | by_present_names(summary["config"]) | {"dataset": summary["dataset"]}

@@ -1,8 +1,8 @@
 """The report from its files to its pages."""
 
-import io
 from pathlib import Path
 
+from experiments.plots import style
 from experiments.plots.published import published
 from experiments.reports import gather, pages, tables
 from experiments.reports.published import EXPERIMENTS, Experiment
@@ -77,9 +77,7 @@ def picture(experiment: Experiment, rows: list[Row]) -> bytes | None:
     figure = published(experiment.title, points)
     if figure is None:
         return None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return style.png(figure, dpi=120, metadata={"Software": None})
 
 
 def _rounded(density: float | None) -> float | None:

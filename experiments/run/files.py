@@ -75,7 +75,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    _write(file, text.encode())
+    write_bytes(file, text.encode())
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def sync_all(folder: Path) -> None:
         sync(Path(inside))
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_bytes(file: Path, content: bytes) -> None:
     """Writes a file atomically and to the disk: an interruption leaves the old one."""
     new = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
@@ -132,7 +132,7 @@ def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
     """Writes {name: array} as an .npz file, atomically."""
     stream = io.BytesIO()
     np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
-    _write(file, stream.getvalue())
+    write_bytes(file, stream.getvalue())
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -32,8 +32,7 @@ class Settings(NamedTuple):
 
     def differing(self, stored: Mapping[str, Any]) -> list[str]:
         """The settings that bear on the result and differ from those that an earlier run stored, with both values."""
-        renamed = {old: new for new, old in FIRST_NAMES.items()}
-        stored = {renamed.get(name, name): value for name, value in stored.items() if name not in NO_SETTINGS}
+        stored = {name: value for name, value in by_present_names(stored).items() if name not in NO_SETTINGS}
         now, before = self._named({}), self._replace(values=stored)._named({})
         return [
             f"{name} (was {before.get(name, self.neutral.get(name))!r}, now {now.get(name, self.neutral.get(name))!r})"
@@ -55,6 +54,15 @@ class Settings(NamedTuple):
 def _first_ood(value: Any) -> Any:
     """The out-of-distribution data sets as they were stored while there was one at most: its name, or "none"."""
     return value if isinstance(value, str) or len(value) > 1 else [*value, "none"][0]
+
+
+def by_present_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an earlier run stored, by their present names and in their present form."""
+    renamed = {old: new for new, old in FIRST_NAMES.items()}
+    values = {renamed.get(name, name): value for name, value in stored.items()}
+    if isinstance(values.get("ood"), str):  # there was one at most, or "none"
+        values["ood"] = [] if values["ood"] == "none" else [values["ood"]]
+    return values
 
 
 def plain(value: Any) -> Any:

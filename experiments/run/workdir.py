@@ -64,7 +64,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             sync(self.path.resolve().parent)
             self._lock = _lock(self.path)
-            for left in [left for name in A_RUNS_FILES for left in self.path.glob(f".{name}.*")]:
+            for left in [left for name in (*A_RUNS_FILES, "*.png") for left in self.path.glob(f".{name}.*")]:
                 left.unlink()  # half written by a process that was killed
             if restart:
                 self._put_aside()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import supermask_jax as sm
 from experiments.config.presets import edge_popup_rate
-from experiments.config.registry import METHODS
+from experiments.config.registry import METHODS, MODELS
 from experiments.config.run import named
 from experiments.config.sections import Init, Model
 from experiments.data.source import Dataset
@@ -98,7 +98,7 @@ def small(models: Sequence[str], widths: Sequence[int], seeds: int, settings: Ma
       widths: units or channels of each of their hidden layers.
       seeds, settings: as in `grid`.
     """
-    unread = {field.name for field in dataclasses.fields(Model)}  # the options of the large network
+    unread = {name for entry in MODELS.values() for name in entry.reads}  # the options of the large network
     shared = {name: value for name, value in settings.items() if name not in unread}
     return [
         cell(

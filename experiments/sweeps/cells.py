@@ -5,7 +5,7 @@ widened sweep, and another sweep with a cell of the same settings, read that cel
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ def directory(config: Run) -> str:
     return default_path(Settings(flat(config), neutral(Run)), "cells").name
 
 
-def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = NO_OTHERS) -> list[dict]:
-    """Trains the cells and returns a row for each, in their order: its labels, its seed and its figures.
+def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = NO_OTHERS) -> tuple[list, list]:
+    """Trains the cells and returns (a row for each, in their order, with its labels, its seed and its figures; what was
+    left out, each with its labels, its seed and the reason).
 
     Each cell leaves its files in a directory of `folder`; a finished one is read from there. A cell that is infeasible,
     or whose training diverges, is left out, and a printed line says why.
@@ -85,7 +86,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = 
       folder: the directory of all cells.
       others: the out-of-distribution and shifted sets that the cells measure on.
     """
-    rows, cells = [], list(cells)
+    rows, left_out, cells = [], [], list(cells)
     with Display(len(cells)) as shown:
         for labels, config in cells:
             config = named(config, dataset.name)
@@ -95,6 +96,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = 
                 summary = _finish(changed(config, workdir=str(path)), dataset, others, shown)
             except (Infeasible, Diverged) as error:
                 shown.left_out(labels, config.seed, error)
+                left_out.append({**labels, "seed": config.seed, "reason": str(error)})
                 continue
             if fresh:
                 discard(path / "checkpoints")  # the summary is what a sweep needs
@@ -102,7 +104,7 @@ def run(cells: Iterable[Cell], dataset: Dataset, folder: Path, others: Others = 
             row |= {name: summary[name] for name in sorted((FIGURES | ASSESSED) & set(summary))}
             rows.append(row)
             shown.cell(labels, config.seed, summary, time.perf_counter() - began if fresh else None)
-    return rows
+    return rows, left_out
 
 
 def _finish(config: Run, dataset: Dataset, others: Others, shown: Display) -> dict:
@@ -129,6 +131,7 @@ def carry_out(
     grid: Iterable[Cell],
     dataset: Dataset,
     others: Others = NO_OTHERS,
+    complete: Callable[[Path, dict], dict] = lambda path, summary: summary,
     **more: Any,
 ) -> tuple[Path, dict]:
     """Trains, or finishes, the cells of a sweep, and writes its summary.json.
@@ -138,6 +141,7 @@ def carry_out(
       settings: of the sweep, by flat name.
       grid: the cells.
       dataset, others: as in `run`.
+      complete: (the sweep's directory, the summary of the cells) -> the summary that is written.
       more: what else the summary holds.
 
     Returns:
@@ -151,13 +155,16 @@ def carry_out(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error}); name another with --workdir") from error
+    rows, left_out = run(grid, dataset, path.parent / "cells", others)
     summary = {
         "dataset": dataset.name,
         "data_source": dataset.source,
         "config": dict(settings),
         "versions": versions(),
         **more,
-        "rows": run(grid, dataset, path.parent / "cells", others),
+        "rows": rows,
+        "left_out": left_out,
     }
+    summary = complete(path, summary)
     write_json(path / "summary.json", summary)
     return path, summary

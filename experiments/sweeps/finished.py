@@ -13,7 +13,7 @@ from experiments.plots.style import split_of
 from experiments.run import schemas
 from experiments.run.errors import UserError
 from experiments.run.files import parsed, read_text
-from experiments.run.names import CHANGE_NO_RESULT, FIRST_NAMES, NO_SETTINGS
+from experiments.run.names import CHANGE_NO_RESULT, NO_SETTINGS, by_present_names
 
 Run = tuple[dict, list[dict]]  # the contents of summary.json and of metrics.jsonl
 
@@ -83,8 +83,7 @@ def by_settings(runs: list[Run]) -> dict[str, list[Run]]:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run by their present names, with those that it does not have yet at their neutral values."""
-    renamed = {old: new for new, old in FIRST_NAMES.items()}
-    settings = {renamed.get(name, name): value for name, value in config.items()}
+    settings = by_present_names(config)
     return settings | {name: value for name, value in neutral(Settings).items() if name not in settings}
 
 

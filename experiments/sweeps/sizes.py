@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from experiments.run.errors import UserError
+
 
 class Family(NamedTuple):
     """The sizes of one kind of network, in the parts of the sweep; width: units or channels of each hidden layer."""
@@ -30,13 +32,21 @@ def width_for(family: str, depth: int, image_shape: tuple[int, int, int] = (28, 
       depth: the number of hidden layers.
       image_shape: (height, width, channels) of the images.
       classes: of the last layer.
+
+    Raises:
+      UserError: width 1 has more already.
     """
     height, across, channels = image_shape
     if family == "mlp":
         inputs, square, outputs = height * across * channels, 1, classes
     else:  # convolutions of 3 x 3; the last layer sees 2 x 2 of their results
         inputs, square, outputs = 9 * channels, 9, 4 * classes
-    width = 1
-    while (inputs + outputs) * (width + 1) + square * (depth - 1) * (width + 1) ** 2 <= FAMILIES[family].parameters:
+    width, most = 0, FAMILIES[family].parameters
+    while (inputs + outputs) * (width + 1) + square * (depth - 1) * (width + 1) ** 2 <= most:
         width += 1
+    if not width:
+        raise UserError(
+            f"images of {height} x {across} x {channels} are too large for an {family} of {most:,} parameters: "
+            "leave out the part depth, or take smaller images."
+        )
     return width

@@ -61,11 +61,12 @@ def compared(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]:
     """
     setting, values, _ = SWEEPS[config.sweep]
     rows = []
-    for value in values:
-        if setting == "rewind_step" and value >= config.tickets.steps:
-            continue
-        one = changed(config, **changes_of(config, value), workdir=str(workdir.path / f"{setting}-{value}"))
-        one.check()
+    values = [value for value in values if setting != "rewind_step" or value < config.tickets.steps]
+    folders = [str(workdir.path / f"{setting}-{value}") for value in values]
+    every = [changed(config, **changes_of(config, v), workdir=f) for v, f in zip(values, folders, strict=True)]
+    for one in every:
+        one.check()  # all of them, before the first is trained
+    for value, one in zip(values, every, strict=True):
         summary = rounds.run(one, dataset)
         last = [record for record in summary["networks"] if record["round"] == one.tickets.rounds]
         names = ("trial", "network", "density", *(name for name, _, _ in PANELS), "instability")
@@ -97,6 +98,7 @@ def untrained(config: Lottery, dataset: Dataset, workdir: Workdir) -> list[dict]
             full = lottery.full_masks(initial)
             starts = {"initial weights": initial, "signed constants": signed_deviation(initial)}
             for name in (*saliency.CRITERIA, *saliency.RANKED, "random"):
+                experiment.stop_if_asked()
                 key = leaf_key(experiment.key(trial), name)
                 scores = saliency.criterion(name, initial, outcome.trained.weights, masks=full, key=key)
                 for density in UNTRAINED_DENSITIES:

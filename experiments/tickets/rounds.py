@@ -16,7 +16,7 @@ from experiments.data.source import Dataset
 from experiments.run import schemas
 from experiments.run.display import show_warning
 from experiments.run.errors import UserError
-from experiments.run.interrupt import stopping
+from experiments.run.interrupt import Interrupted, stopping
 from experiments.run.names import Settings
 from experiments.run.workdir import Workdir
 from experiments.tickets import display, plots
@@ -198,6 +198,11 @@ class Experiment:
         order = leaf_key(self.key(trial), "order")
         full = lottery.full_masks(initial.weights)
         return self._source.train(Candidate(f"trial{trial}-rewind", initial, full, order, last_step=steps)).drawn
+
+    def stop_if_asked(self) -> None:
+        """Raises Interrupted if a signal asked this process to stop."""
+        if self._stop_requested():
+            raise Interrupted("stopped by a signal; what was trained is kept.")
 
     def evaluate(self, start: Snapshot, masks: Tree) -> dict[str, float]:
         """Losses and accuracies of a network as it is."""

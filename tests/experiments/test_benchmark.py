@@ -134,6 +134,13 @@ def test_settings_out_of_range_are_user_errors(wrong):
         benchmark.Config(**wrong).check()
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(one_device, "measure", lambda *_: pytest.fail("it measures"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        benchmark.main(benchmark.Config(output=str(tmp_path / "file" / "b.json"), skip_torch=True))
+
+
 def test_flags_are_parsed_before_anything_heavy_is_imported():
     code = (
         "import sys, experiments.benchmark; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'torch', 'flax')))"

@@ -189,9 +189,10 @@ def test_every_method_of_the_command_line_has_cells():
 
 
 def test_small_networks_do_not_take_the_options_of_the_large_one():
-    shared = {**flat(changed(bits.Config(), biases=True).model), "epochs": 1}
+    shared = {**flat(changed(bits.Config(), biases=True, bfloat16=True).model), "epochs": 1}
     (cell,) = sweep.small(("cnn",), (4,), 1, shared)
     assert (cell.config.model.model, cell.config.model.width, cell.config.model.biases) == ("cnn", 4, False)
+    assert cell.config.model.bfloat16  # which is no option of a network
     assert (cell.labels["family"], cell.labels["network"]) == ("dense cnn", "cnn, width 4")
 
 

@@ -1,5 +1,6 @@
 """The code of the documentation: its blocks run in order, and its recipes for the registry train."""
 
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import supermask_jax as sm
 from experiments import doc_tables
 from experiments.bench import tables
+from experiments.config.flags import parser
 from experiments.config.sections import Masks
 from experiments.reports import bits
 from experiments.run import markdown
@@ -63,6 +65,42 @@ def test_rigl_in_a_loop_is_short_and_trains_at_its_density():
     assert sm.density(names["state"].subnet.scores) == sm.density(names["masks"])
     moved = names["state"].subnet.scores["Dense_0"]["kernel"] != names["masks"]["Dense_0"]["kernel"]
     assert moved.any()
+
+
+def commands_of(page: Path) -> list[tuple[str, list[str]]]:
+    """(name, arguments) of the experiments that a page runs, in its blocks and in its text."""
+    text = page.read_text().replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.MULTILINE):
+        text = text.replace(f"${name} ", f"{value} ")
+    lines = re.findall(r"^(?:\$ )?(?:\w+=\S+ +)*python -m experiments\.(\w+)(.*)$", text, re.MULTILINE)
+    return [(name, shlex.split(rest.partition(" & ")[0], comments=True)) for name, rest in lines]
+
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES.remove("docs/extending.md")  # whose commands need what it adds to the registry: a test of its own runs them
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_are_understood(page):
+    for name, arguments in commands_of(ROOT / page):
+        command = importlib.import_module(f"experiments.{name}")
+        own = (command.Config, command.defaults) if hasattr(command, "defaults") else (command.Config,)
+        parser(*own)(command.PROG, arguments)
+
+
+def test_pages_have_commands():
+    assert sum(len(commands_of(ROOT / page)) for page in PAGES) > 50
+
+
+@pytest.mark.slow
+def test_the_first_sizes_of_the_readme_are_those_that_its_code_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, text = (ROOT / "docs" / "files.md").read_text().split("## The sizes in the README")
+    exec(blocks(text, "python")[0], {})
+    size, dense, packed = capsys.readouterr().out.split()
+    row = re.search(r"\| MNIST convnet, 0.5 \| (.+) \|", (ROOT / "README.md").read_text())[1]
+    told = [cell.strip(" *").removesuffix(" bytes").replace(",", "") for cell in row.split("|")]
+    assert [told[0], told[1], told[3]] == [size, dense, packed]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -218,10 +219,11 @@ def test_gradual_pruning_ends_with_exactly_the_layer_counts_of_its_distribution(
 
 def test_numbers_that_are_not_finite_end_it_and_are_not_saved(tmp_path):
     config = small(tmp_path, "dense", optimizer="sgd", learning_rate=1e30, checkpoint_every=1)
-    with pytest.raises(Diverged, match=r"(Dense_\d/kernel|the loss) is not finite .* at step \d"):
+    with pytest.raises(Diverged, match=r"(Dense_\d/kernel|the loss) is not finite .* at step (\d+)") as raised:
         fit(config)
+    fine = int(re.search(r"at step (\d+)", str(raised.value))[1])  # steps before it
     saved = [int(file.name) for file in (tmp_path / "checkpoints").iterdir() if file.name.isdigit()]
-    assert len(saved) <= 2 and not (tmp_path / "summary.json").exists()
+    assert max(saved, default=0) <= fine and not (tmp_path / "summary.json").exists()
 
 
 # Schedules and the optimizer.

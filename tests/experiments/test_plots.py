@@ -12,6 +12,7 @@ from experiments import overlay
 from experiments.config.registry import METHODS
 from experiments.plots import lines, style
 from experiments.plots import one_run as plots
+from experiments.run import files
 from experiments.run.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib's: no handles, no room, no glyph, equal limits
@@ -302,7 +303,7 @@ def test_masks_that_never_change_have_no_picture_of_flips():
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     trees = network(CONVNET)
     (tmp_path / "curves.png").write_bytes(b"old")
-    monkeypatch.setattr(style.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         plots.draw_run(tmp_path, *run_of(CONVNET, trees[2]), *map(named, trees))
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
@@ -335,6 +336,23 @@ def test_ticks_are_at_the_values_but_for_those_that_would_overlap():
     ax = style.new_figure("title", 4, 3).subplots()
     lines.log_ticks(ax, [0.5, 0.1, 0.11, 0.2, 0.1], percent=True)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["10", "20", "50"]
+    lines.log_ticks(ax, [16, 18, 20, 22, 24])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["16", "20", "24"]
+
+
+@pytest.mark.parametrize("errors", ([1.4], [1.3, 1.5], [13, 15], [3.8, 3.9], [0.0, 1.4], [0.2, 90.0], [2.0, 3.0]))
+def test_a_log_axis_has_two_ticks_or_more_within_its_limits(errors):
+    ax = style.new_figure("title", 4, 3).subplots()
+    style.log_axis(ax, errors, accuracy=True)
+    bottom, top = sorted(ax.get_ylim())
+    ticks = [tick for tick in ax.get_yticks() if bottom <= tick <= top]
+    assert len(ticks) >= 2 and len({label.get_text() for label in ax.get_yticklabels()}) == len(ax.get_yticks())
+
+
+def test_a_title_says_how_many_runs_were_left_out():
+    summary = {"config": {"seeds": 3}}
+    assert lines.seeds_note(summary) == "mean of 3 seeds, band from lowest to highest"
+    assert lines.seeds_note(summary | {"left_out": [{}, {}]}).endswith("highest, 2 runs left out")
 
 
 def test_seeds_of_slightly_different_values_share_their_place():
@@ -401,8 +419,8 @@ def test_settings_that_were_renamed_or_added_do_not_set_runs_apart(tmp_path, dra
     masks = network(CONVNET)[2]
     runs = [run_of(CONVNET, masks, seed=seed) for seed in range(3)]
     runs[0][0]["config"].update(judge=True, strangers="kmnist", data="0123abcd")  # as stored before the renaming
-    runs[1][0]["config"].update(assess=True, ood="kmnist", data="4567abcd", biases=False, stream=False, affine=False)
-    runs[2][0]["config"].update(assess=True, ood="kmnist", biases=True)
+    runs[1][0]["config"].update(assess=True, ood=["kmnist"], data="4567abcd", biases=False, stream=False, affine=False)
+    runs[2][0]["config"].update(assess=True, ood=["kmnist"], biases=True)
     paths = [saved(tmp_path / str(seed), *run) for seed, run in enumerate(runs)]
     draw_together(paths[:2], tmp_path / "c.png")
     assert "edge-popup, density 0.3 (mean of 2 seeds)" in texts(drawn[0])

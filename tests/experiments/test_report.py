@@ -75,6 +75,13 @@ def test_a_result_that_lies_in_two_places_counts_once(tmp_path):
     assert [result.command for result in results] == ["the command"]
 
 
+def test_what_restart_put_aside_does_not_count(tmp_path):
+    written(tmp_path, run_of(0.75, model="conv4", density=0.1))
+    written(tmp_path / "run0" / "replaced-1", run_of(0.6, model="conv4", density=0.1))
+    (row,) = rows_of(gather.results([tmp_path])[0], "Conv4, edge-popup, 10 % kept")
+    assert row.accuracies == (0.75,)
+
+
 def test_files_that_are_no_summaries_are_named_and_the_others_count(tmp_path):
     written(tmp_path, run_of(0.75, model="conv4", density=0.1))
     (tmp_path / "cut.json").write_text('{"method": ')

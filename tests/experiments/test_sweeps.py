@@ -423,6 +423,22 @@ def test_without_the_assessment_only_accuracy_is_drawn():
         assert ["accuracy" in ax.get_ylabel() for ax in figure.axes] == [True, True]
 
 
+def test_methods_that_learn_their_density_have_markers_of_their_own_and_sampled_ones_accuracy_alone():
+    row = {"seed": 0, "flops": 9, "test_accuracy": 0.9, "ece": 0.1, "fgsm_accuracy": 0.5}
+    rows = [
+        row | {"method": "dense", "asked": 1.0, "density": 1.0},
+        row | {"method": "bernoulli", "asked": 1.0, "density": 0.4, "test_sampled_accuracy": 0.8},
+        row | {"method": "threshold", "asked": 1.0, "density": 0.6},
+        *(row | {"method": "set", "asked": d, "density": d} for d in (0.2, 0.5)),
+    ]
+    figure = sweeps.comparison({"config": flat(compare.Config()), "dataset": "mnist-5k", "rows": rows})
+    drawn = [{line.get_label(): line.get_marker() for line in ax.lines} for ax in figure.axes]
+    bernoulli, threshold = "bernoulli, drawn masks, density learned", "threshold, density learned"
+    assert drawn[0][bernoulli] != drawn[0][threshold] != "None"
+    for panel in drawn[2:]:  # calibration and robustness
+        assert bernoulli not in panel and panel[threshold] == drawn[0][threshold]
+
+
 # Pruning only.
 
 
@@ -445,6 +461,11 @@ def test_networks_of_every_depth_are_the_widest_with_so_many_parameters(family, 
         width = sizes.width_for(family, depth, image_shape, classes)
         counts = [parameters(family, w, depth, image_shape, classes) for w in (width, width + 1)]
         assert 0.8 * most < counts[0] <= most < counts[1]
+
+
+def test_images_that_are_too_large_for_so_many_parameters_are_refused():
+    with pytest.raises(UserError, match="224 x 224 x 3 are too large for an mlp of 100,000 parameters"):
+        sizes.width_for("mlp", 2, (224, 224, 3), 10)
 
 
 @pytest.mark.parametrize("examples", [4_000, 60_000])
@@ -685,6 +706,7 @@ except SystemExit as stopped:
 def test_a_cell_that_diverges_is_left_out_and_the_sweep_continues(tmp_path, capsys):
     network = {"model": "mlp", "width": 8, "epochs": 1}
     grid = [cells.cell({"rate": rate}, "dense", learning_rate=rate, **network) for rate in (1e30, 1e-3)]
-    rows = cells.run(grid, tiny(), tmp_path)
+    rows, left_out = cells.run(grid, tiny(), tmp_path)
     assert [row["rate"] for row in rows] == [1e-3]
+    assert [(row["rate"], row["seed"]) for row in left_out] == [(1e30, 0)] and "not finite" in left_out[0]["reason"]
     assert "left out: " in capsys.readouterr().out

@@ -451,6 +451,12 @@ def test_a_sweep_compares_the_last_rounds_and_draws(tmp_path, monkeypatch, sweep
     assert questions.run(config(tmp_path, sweep=sweep, controls=("random",)), images())["rows"] == rows
 
 
+def test_every_value_of_a_sweep_is_checked_before_the_first_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "run", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match="--unit neuron"):
+        questions.run(config(tmp_path, sweep="rewind", unit="neuron", steps=40), images())
+
+
 @pytest.mark.slow
 def test_untrained_masks_are_measured_for_every_criterion(tmp_path):
     summary = questions.run(config(tmp_path, sweep="untrained", steps=60), images())

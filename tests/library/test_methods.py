@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,18 @@ def test_gradual_pruning_ends_at_exactly_the_density_and_nothing_returns(density
     for before, after in itertools.pairwise(states):
         grown = jax.tree.map(lambda a, b: int(jnp.sum(b > a)), before.subnet.scores, after.subnet.scores)
         assert not any(jax.tree.leaves(grown))
+
+
+def test_gradual_pruning_leaves_each_layer_its_minimum():
+    start = weights() | {"second": {"kernel": 1e-3 * weights()["second"]["kernel"]}}  # which a global ranking empties
+    for minimum, least in ((0, 0), (9, 9)):
+        method = methods.gradual(start, TX, 0.1, steps=8, every=2, minimum=minimum)
+        state = sm.init_state(method.subnet, TX, KEY, learns=method.learns)
+        with warnings.catch_warnings(action="ignore" if not minimum else "error"):
+            for step in (2, 4, 6):
+                state = method.update(step, state, None)
+        counts = ones(by_path(state.subnet.scores))
+        assert counts["second/kernel"] == least and sum(counts.values()) == sm.keep_count(0.1, 320)
 
 
 @both_densities

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 
@@ -169,6 +170,66 @@ def test_masks_that_change_keep_the_count_of_each_layer():
     assert layer_counts(grown) == layer_counts(masks) and (np.asarray(grown[DENSE]) != masks[DENSE]).any()
     halved = dynamic.magnitude_masks(weights, masks, {name: d / 2 for name, d in given.items()})
     assert sm.layer_densities(halved) == pytest.approx({name: d / 2 for name, d in given.items()})
+
+
+def by_name_and_by_layout(seed=0):
+    """(weights whose name tells that they stack layers, the same where nothing but a layout does, the layout)."""
+    stack = jnp.asarray(np.random.default_rng(seed).normal(size=(3, 10, 20)), jnp.float32)
+    return {DENSE: stack}, {"w": stack}, sm.describe(None, {"w": stack}, axes={"w": "stack in out"})
+
+
+def told(layout, tree):
+    """The tree of the name, and the counts of its layers, from that of the layout."""
+    counts = {name.replace("w", DENSE): count for name, count in layer_counts(tree, layout).items()}
+    return {DENSE: tree["w"]}, counts
+
+
+RANKING = {
+    "magnitude_masks": lambda w, m, s, layout: dynamic.magnitude_masks(w, m, 0.2, layout=layout),
+    "drop_and_grow": lambda w, m, s, layout: dynamic.drop_and_grow(w, m, s, 0.3, layout=layout),
+    "prune": lambda w, m, s, layout: lottery.prune(w, m, 0.3, "layer", layout=layout),
+    "prune neurons": lambda w, m, s, layout: lottery.prune(w, m, 0.3, "layer", "neuron", layout=layout),
+    "prune_by": lambda w, m, s, layout: lottery.prune_by(s, m, 0.3, "layer", layout=layout),
+    "prune with a minimum": lambda w, m, s, layout: lottery.prune(w, m, 0.9, minimum=9, layout=layout),
+    "keep_highest": lambda w, m, s, layout: sm.keep_highest(s, dict.fromkeys(s, 5), m, layout=layout),
+    "global_masks with a minimum": lambda w, m, s, layout: sm.global_masks(s, 0.1, m, minimum=9, layout=layout),
+    "prune_in_rounds": lambda w, m, s, layout: saliency.prune_in_rounds(lambda _: s, 0.1, 3, 9, layout=layout),
+}
+
+
+@pytest.mark.parametrize("rank", RANKING.values(), ids=RANKING)
+def test_a_layout_tells_of_a_stack_what_a_name_would(rank):
+    named, unnamed, layout = by_name_and_by_layout()
+    scores, masks = by_name_and_by_layout(1)[0], {DENSE: (jnp.abs(named[DENSE]) > 0.4).astype(jnp.float32)}
+    expected = rank(named, masks, scores, None)
+    got, counts = told(layout, rank(unnamed, {"w": masks[DENSE]}, {"w": scores[DENSE]}, layout))
+    np.testing.assert_array_equal(got[DENSE], expected[DENSE])
+    assert counts == layer_counts(expected) and len(counts) == 3
+
+
+@pytest.mark.parametrize("name", ("gradual", "set", "rigl"))
+def test_methods_whose_masks_change_follow_a_layout(name):
+    def loss_fn(params, model_state, batch, key):
+        (leaf,) = params.values()
+        return jnp.sum(leaf * jnp.sin(jnp.arange(600.0)).reshape(leaf.shape)), (model_state, {})
+
+    named, unnamed, layout = by_name_and_by_layout()
+    masks = {path: (jnp.abs(leaf) > 0.4).astype(jnp.float32) for path, leaf in (named | unnamed).items()}
+    tx, counts = optax.sgd(0.1), []
+    for weights, told_by in ((named, None), (unnamed, layout)):
+        own = {path: masks[path] for path in weights}
+        if name == "gradual":
+            where = sm.is_kernel if told_by is None else told_by
+            method = sm.methods.gradual(weights, tx, 0.1, steps=10, every=2, scope="layer", where=where)
+        elif name == "set":
+            method = sm.methods.set(KEY, weights, own, tx, steps=10, every=2, layout=told_by)
+        else:
+            method = sm.methods.rigl(KEY, weights, own, tx, loss_fn, steps=10, every=2, layout=told_by)
+        state = sm.init_state(method.subnet, tx, KEY, learns=method.learns)
+        after = method.update(2, state, None).subnet.scores
+        assert any((np.asarray(after[path]) != np.asarray(state.subnet.scores[path])).any() for path in after)
+        counts.append(list(layer_counts(after, told_by).values()))
+    assert counts[0] == counts[1] and len(counts[0]) == 3
 
 
 def test_rescaling_is_by_what_each_layer_keeps():

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,6 +228,17 @@ def test_bernoulli_masks_are_the_same_under_jit(key):
 def test_scores_that_are_not_a_number_are_an_error_that_names_the_layer():
     with pytest.raises(ValueError, match="the scores of 'Dense_0/kernel' hold NaN"):
         sm.bernoulli()({"Dense_0": {"kernel": jnp.array([0.0, np.nan], jnp.float32)}}, jax.random.key(0))
+
+
+def test_under_jit_nan_ranks_highest_by_edge_popup_and_is_pruned_by_bernoulli_with_a_gradient_that_shows_it():
+    scores = {"kernel": jnp.array([[1.0, np.nan, 5.0]], jnp.float32)}
+    with pytest.raises(ValueError, match="the scores of 'kernel' hold NaN"):
+        sm.edge_popup(Fraction(1, 3))(scores, None)
+    assert jax.jit(lambda s: sm.edge_popup(Fraction(1, 3))(s, None))(scores)["kernel"].tolist() == [[0, 1, 0]]
+    mask_fn, key = sm.bernoulli(), jax.random.key(0)
+    assert jax.jit(lambda s: mask_fn(s, key))(scores)["kernel"][0, 1] == 0
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum(mask_fn(s, key)["kernel"])))(scores)["kernel"]
+    assert np.isnan(gradient).tolist() == [[False, True, False]]
 
 
 def test_rescaled_masks_are_their_size_over_their_ones():

@@ -81,15 +81,17 @@ def test_a_run_that_is_told_to_ignore_a_closed_terminal_ignores_it():
 
 
 def test_a_second_signal_ends_it_at_once_and_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+    before, second = signal.getsignal(signal.SIGTERM), None
     with pytest.raises(KeyboardInterrupt), stopping() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 10
         while not asked():
             assert time.monotonic() < deadline
+        second = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
+    assert second is not None and time.monotonic() - second < 9
     assert signal.getsignal(signal.SIGTERM) is before
 
 
