@@ -505,6 +505,50 @@ def test_base_weights_that_are_damaged_or_no_archive_are_told(command, tmp_path)
         assert command("verify", file, "--base", tmp_path / "cut.npz")[0] in (0, 1), at
 
 
+def test_masks_on_given_weights_are_exported_and_run_like_a_file_that_holds_them(command, tmp_path):
+    named = {f"{layer}/kernel": np.asarray(leaf["kernel"]) for layer, leaf in weights().items()}
+    np.savez(tmp_path / "base.npz", **named)
+    bare = save(tmp_path / "bare.safetensors", origin=artifact.Base("https://example.org/net"))
+    whole = save(tmp_path / "whole.safetensors", origin=artifact.Stored())
+    given, out = ("--base", tmp_path / "base.npz"), tmp_path / "out.npz"
+    assert command("export", bare, *given, "--to", "npz", "--output", out)[0] == 0
+    with np.load(out) as arrays:
+        for layer, mask in masks(1).items():
+            np.testing.assert_array_equal(arrays[f"{layer}/kernel"], named[f"{layer}/kernel"] * mask["kernel"])
+    pixels = idx(tmp_path / "images.idx", images(3))
+    assert command("run", bare, *given, "--images", pixels) == command("run", whole, "--images", pixels)
+    for other in ("export", "run"):
+        flags = ("--to", "npz", "--output", out) if other == "export" else ("--images", pixels)
+        status, told = command(other, bare, *flags)
+        assert status == 2 and "--base" in told
+
+
+@pytest.mark.parametrize("name", ("info", "verify", "diff", "export", "run"))
+def test_every_command_takes_as_much_memory_as_it_is_allowed(command, file, tmp_path, name):
+    pixels = idx(tmp_path / "images.idx", images(1))
+    more = {"diff": (file,), "export": ("--to", "npz", "--output", tmp_path / "o.npz"), "run": ("--images", pixels)}
+    arguments = (name, file, *more.get(name, ()), "--max-bytes")
+    status, told = command(*arguments, 10)
+    assert status == 1 and "--max-bytes" in told
+    assert command(*arguments, 2**20)[0] == 0
+
+
+def test_jpeg_files_are_read(command, file, tmp_path):
+    for suffix in (".jpg", ".JPEG"):
+        Image.fromarray(images(1)[0]).save(tmp_path / f"x{suffix}", quality=95)
+        assert command("run", file, "--images", tmp_path / f"x{suffix}")[0] == 0
+
+
+@pytest.mark.parametrize(("error", "status"), ((MemoryError, 1), (KeyboardInterrupt, 130)))
+def test_no_memory_and_ctrl_c_end_without_a_traceback(file, monkeypatch, capsys, error, status):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("supermask_jax.commands.info.info", fail)
+    assert main(["info", str(file)]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_masks_whose_name_has_a_colon_are_chosen_by_it(command, tmp_path):
     found = {"task:1": sm.Subnet(weights(), masks(1)), "1": sm.Subnet(weights(), masks(2))}
     file = save(tmp_path / "net.safetensors", found)
