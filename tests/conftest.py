@@ -69,6 +69,21 @@ def quick_processes():
         yield
 
 
+@pytest.fixture(scope="module")
+def coarse_pictures():
+    """Pictures of few dots, for tests that do not look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.plots.style.DOTS_PER_INCH", 30)
+        yield
+
+
+@pytest.fixture
+def full_precision():
+    """Products in the full precision of float32: those of fewer bits, a GPU's default, flip masks."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture
 def strict_dtypes():
     """No implicit change of dtype inside the test."""

@@ -14,11 +14,12 @@ from experiments.config.registry import METHODS
 from experiments.config.settings import changed, flat
 from experiments.data.source import arrays_dataset
 from experiments.plots import bits as plots
-from experiments.plots import style
 from experiments.run.errors import UserError
 from experiments.sweeps import bits as sweep
 from experiments.sweeps import cells
 from supermask_jax import artifact
+
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 NETWORK = {"model": "mlp", "width": 30, "depth": 1, "epochs": 1}
 CHOSEN = {
@@ -27,13 +28,6 @@ CHOSEN = {
     "densities": (0.3,),
     "widths": (15,),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def coarse_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "DOTS_PER_INCH", 30)
-        yield
 
 
 def images(classes=3, shape=(12, 11, 1)):

@@ -25,7 +25,7 @@ from experiments.config.run import Run, named
 from experiments.config.settings import changed, fields, flat, neutral
 from experiments.config.sized import Size
 from experiments.data.source import arrays_dataset
-from experiments.plots import lines, style, sweeps
+from experiments.plots import lines, sweeps
 from experiments.run.errors import UserError
 from experiments.run.names import Settings, default_path
 from experiments.run.workdir import Workdir
@@ -34,18 +34,13 @@ from experiments.sweeps import construction as target
 from experiments.sweeps.learned import Learned
 from supermask_jax import models
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"compare": compare, "random_pruning": random_pruning, "pruning_only": pruning_only, "bits": bits}
 FIGURES = {"test_accuracy", "test_loss", "density", "parameters", "flops", "epochs", "steps", "train_seconds"}
 ASSESSED = {"ece", "brier", "fgsm_accuracy", "ood_auroc", "gradient_flow"}
 TIMES = {"train_seconds"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def coarse_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "DOTS_PER_INCH", 30)
-        yield
 
 
 def small(folder, **changes):

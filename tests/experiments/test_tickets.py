@@ -18,7 +18,6 @@ from experiments.config.presets import LOTTERY
 from experiments.config.registry import CRITERIA
 from experiments.config.settings import changed, fields, flat
 from experiments.data.source import arrays_dataset
-from experiments.plots import style
 from experiments.run.errors import UserError
 from experiments.run.files import read_arrays
 from experiments.run.interrupt import Interrupted
@@ -31,11 +30,6 @@ from supermask_jax.trees import by_path, leaf_key, map_with_name
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 FIGURES = ("early_stop_step", "early_stop_test_accuracy", "test_accuracy")
-
-
-@pytest.fixture
-def coarse_pictures(monkeypatch):
-    monkeypatch.setattr(style, "DOTS_PER_INCH", 30)
 
 
 def images(seed=0, n=240):

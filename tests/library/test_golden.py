@@ -17,6 +17,8 @@ import pytest
 import supermask_jax as sm
 from supermask_jax.models import max_pool
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -140,12 +142,6 @@ def compiled(density, decay):
         return masks, model.apply({"params": sm.subnetwork(sm.identity, subnet._replace(scores=masks))}, images)
 
     return jax.jit(sm.make_train_step(mask_fn, cross_entropy(model), tx, learns="scores")), jax.jit(evaluate)
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():  # reduced-precision products, a GPU's default, flip masks
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def start():

@@ -13,16 +13,12 @@ import supermask_jax as sm
 from supermask_jax import initializers
 from supermask_jax.supermask import bernoulli_mask
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 with np.load(Path(__file__).parents[1] / "golden" / "g_super.npz") as arrays:
     GOLDEN = dict(arrays)
 META = json.loads(str(GOLDEN.pop("meta")))
 LAYERS = ("0", "1")
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def layers(name):

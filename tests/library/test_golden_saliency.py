@@ -15,18 +15,14 @@ from jax import lax
 import supermask_jax as sm
 from supermask_jax import saliency
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 with np.load(Path(__file__).parents[1] / "golden" / "e_snip_grasp.npz") as arrays:
     GOLDEN = dict(arrays)
 META = json.loads(str(GOLDEN.pop("meta")))
 CASES = {case["kind"]: case for case in META["cases"]}
 TOLERANCE = {"snip": 2e-5, "grasp": 1e-4}  # of the largest score
 TEMPERATURE = {"snip": 1, "grasp": 200}
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def golden(case, prefix):
