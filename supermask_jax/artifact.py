@@ -72,8 +72,9 @@ def save_subnetwork(
     Raises:
       ValueError: the origin draws other weights than these; scores that are no masks; a product that is not weights *
         masks * one factor a leaf (that of `rescaled` is not, on a stack whose layers keep different numbers); several
-        masks whose weights differ; what the file cannot hold.
-      TypeError: an argument of another type.
+        masks whose weights differ or, with `Stored`, which do not mask the same leaves; a name of masks that is empty,
+        "default", or has a slash; what the file cannot hold.
+      TypeError: an argument of another type; a leaf that NumPy cannot hold, as a random key.
       OSError: the file cannot be written; an older one is then unchanged.
     """
     many = subnet_or_method if isinstance(subnet_or_method, Mapping) else {ONLY: subnet_or_method}
@@ -87,6 +88,8 @@ def save_subnetwork(
     weights = _weights_of_all(many)
     masks = {name: _masks(one) for name, one in many.items()}
     values = {name: {path: value for path, (value, _) in leaves.items()} for name, leaves in masks.items()}
+    if isinstance(origin, Stored):
+        _require_same_leaves(values)
     header, arrays, loaded = origins.store(origin, weights, _kept(values))
     header["masks"] = {}
     for name, leaves in masks.items():
@@ -132,7 +135,7 @@ def load_subnetwork(
 
     Raises:
       ValueError: the file is damaged, or of another format; the network is too large for `max_bytes`; `base`, `like` or
-        `state_like` is missing or does not fit.
+        `state_like` is missing or does not fit; the file holds numbers of 64 bits, and `jax_enable_x64` is off.
       OSError: the file cannot be read.
     """
     path = Path(path).expanduser()
@@ -232,6 +235,17 @@ def _kept(values: Mapping[str, Leaves]) -> Leaves:
         for path, value in leaves.items():
             kept[path] = kept.get(path, False) | (value != 0)
     return kept
+
+
+def _require_same_leaves(values: Mapping[str, Leaves]) -> None:
+    """Raises ValueError where a network keeps a leaf whole of which others keep a part: the file holds the part."""
+    every = sorted(set().union(*values.values()))
+    for name, leaves in values.items():
+        if missing := [path for path in every if path not in leaves]:
+            raise ValueError(
+                f"the masks {name!r} have none of {', '.join(missing[:5])}, and other masks do: of stored weights, a "
+                "file holds what the masks keep. Give it a mask of ones."
+            )
 
 
 def _encode(

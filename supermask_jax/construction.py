@@ -34,10 +34,10 @@ WIDEST = 32
 def random_network(key: jax.Array, target: Sequence[jax.Array], width: int) -> Tree:
     """Returns random weights to rebuild `target` in: {"Dense_0": {"kernel": [in, in * width]}, "Dense_1": ..., ...}.
 
-    They fit `LeNet300100(classes, use_bias=False, hidden)`, where `hidden` lists the last axes of all kernels but the
-    last. Weights are from U(-1, 1). Those of each second layer are multiplied by the largest magnitude of the target
-    layer, so that the products reach as far as its weights. (The theory divides the target by it instead; ReLU commutes
-    with a positive factor.) Apart from that constant, a leaf's draw depends only on `key` and its path.
+    They fit `LeNet300100(classes, use_bias=False, hidden=hidden)`, where `hidden` lists the last axes of all kernels
+    but the last. Weights are from U(-1, 1). Those of each second layer are multiplied by the target layer's largest
+    magnitude, so that the products reach as far as its weights. (The theory divides the target by it instead; ReLU
+    commutes with a positive factor.) Apart from that constant, a leaf's draw depends only on `key` and its path.
 
     Args:
       key: a `jax.random.key`, not the one that the target was drawn with.

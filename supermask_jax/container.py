@@ -6,6 +6,7 @@ Nothing here executes or imports what a file says. `docs/format.md` tells the fo
 import contextlib
 import hashlib
 import json
+import math
 import os
 import threading
 import zlib
@@ -160,7 +161,8 @@ def array(tensor: Mapping[str, Any]) -> np.ndarray:
 
 
 def _parsed(text: bytes) -> Any:
-    parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    decoded = text.decode("utf-8")
+    parsed = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     level, depth = [parsed], 0  # Pythons differ in how deep they go, so the format has a bound of its own
     while level := [
         inside
@@ -181,6 +183,12 @@ def _inflated(packed: np.ndarray) -> bytes:
     if not reader.eof or reader.unused_data:
         raise ValueError("it is cut, or too long")
     return text
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no number that can be held")
+    return float(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

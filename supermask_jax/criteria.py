@@ -83,11 +83,11 @@ def criterion(
       masks: 0 or 1: the weights among which the criteria of `RANKED` rank, in each layer; None means all. The scores
         of other weights mean nothing, so give the selection the same masks as `within`.
       key: a `jax.random.key`, which "random" needs. A leaf's draw depends only on the key and the leaf's path.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
       A tree like `initial`, None at leaves that are not prunable. "random" scores are float32 in [0, 1), those of
-      `RANKED` are float32 percentile ranks in [0, 1), all others have the dtype of the weights.
+      `RANKED` are float32 percentile ranks in [0, 1), all others have the dtype of the weights, float32 for float64.
 
     Raises:
       ValueError: the name is unknown, "random" has no key, or `where` chooses no leaf.

@@ -61,7 +61,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     """Returns {path: fraction kept} with the same fraction in every layer.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       density: fraction kept, in [0, 1].
 
     Raises:
@@ -79,7 +79,7 @@ def uniform_plus(shapes: Shapes, density: float, first: str, last: str) -> dict[
     the first case; above it in the second, by more the larger the first layer is.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       density: fraction kept, in [0, 1], of all layers together, about.
       first: the path of the layer that reads the input.
       last: the path of the layer that makes the logits.
@@ -118,7 +118,7 @@ def er(shapes: Shapes, density: float) -> dict[str, float]:
     would exceed 1 is made dense, and the other layers share what is left.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       density: fraction kept of all layers together, in [0, 1].
 
     Raises:
@@ -139,7 +139,7 @@ def erk(shapes: Shapes, density: float | Fraction) -> dict[str, float]:
     whose fraction would exceed 1 is made dense, and the other layers share what is left.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       density: fraction kept of all layers together, in [0, 1].
 
     Raises:
@@ -158,7 +158,7 @@ def erk_plus(shapes: Shapes, density: float, last: str, last_density: float = 1.
     `density`.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       density: fraction kept of all layers together, in [0, 1].
       last: the path of the layer that makes the logits.
       last_density: fraction kept in the last layer, in [0, 1].
@@ -189,7 +189,7 @@ def overall(shapes: Shapes, densities: Mapping[str, float]) -> float:
     """Returns the fraction kept of all layers together. Masks keep `keep_count` of each layer, up to one weight more.
 
     Args:
-      shapes: {path: shape} of the layers.
+      shapes: the `Layout` of the network; or {path: shape} of the layers, (window, in, out) as Flax has them.
       densities: {path: fraction kept}, naming every layer.
 
     Raises:

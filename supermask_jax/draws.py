@@ -7,7 +7,7 @@ defined here, and `docs/format.md` tells how to compute them without JAX:
   exclusive or of the two words that the cipher makes of the counter (0, i).
 - `jax.random.bits` computes the same for a threefry2x32 key, as long as `jax_threefry_partitionable` is on and the
   default implementation is threefry2x32. These draws do not depend on such settings.
-- Tests hold them to golden hashes; they were run on x86-64 CPUs with JAX 0.8 to 0.10, and on no other backend yet.
+- Tests hold them to golden hashes; `docs/format.md` has the versions of JAX that passed, on x86-64 CPUs.
 - `jax.random.normal` and `uniform(minval, maxval)` are not used: their last bit depends on the machine's code
   generation. Here bits become integers, and integers are scaled by one constant.
 """

@@ -60,8 +60,8 @@ def signed_constant(
       fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; a density is outside (0, 1]; the densities
+        are not of the chosen paths, or the layers of a stack have several.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Ramanujan et al. 2020, section 4 ("signed Kaiming constant") and section 3.1 (scaling). The released code
@@ -88,8 +88,8 @@ def unsigned_constant(
       fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; a density is outside (0, 1]; the densities
+        are not of the chosen paths, or the layers of a stack have several.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: the released code of Ramanujan et al. 2020 (unsigned_constant); section 3.1 of the paper (scaling).
@@ -116,8 +116,8 @@ def kaiming_normal(
       fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; a density is outside (0, 1]; the densities
+        are not of the chosen paths, or the layers of a stack have several.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: He et al. 2015, equation 10, for ReLU; the scaling by the density, Ramanujan et al. 2020, section 3.1.
@@ -146,8 +146,8 @@ def glorot_normal(
       fan_out: (path, shape) -> the leaf's fan-out. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; a density is outside (0, 1]; the densities
+        are not of the chosen paths, or the layers of a stack have several.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Glorot and Bengio 2010, equation 12 (the variance). Keras's, which Zhou et al. 2019 draw from, cuts the
@@ -174,8 +174,8 @@ def kaiming_uniform(
       fan_in: (path, shape) -> the leaf's fan-in. None: as the layout says; without one, as the names do.
 
     Raises:
-      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; or a density is outside (0, 1] or names a path
-        that does not exist.
+      ValueError: `where` chooses no leaf; nothing tells a leaf's fan-in; a density is outside (0, 1]; the densities
+        are not of the chosen paths, or the layers of a stack have several.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: He et al. 2015, equation 10 (the variance), for ReLU.
@@ -214,7 +214,8 @@ def signed_deviation(weights: Tree, where: Where = is_kernel) -> Tree:
 
 
 def open_gates(weights: Tree, value: float = 1.0, where: Where | None = None) -> Tree:
-    """Returns the weights with `value` in place of every scale or gate that is all 0; in a stack, of every layer's.
+    """Returns the weights with `value` in place of every scale or gate that is all 0. Each layer of a stack is looked
+    at by itself.
 
     Networks often start with such leaves, as the last normalisation of a residual block, and let them learn. Frozen,
     they keep their branch dead: its scores never move.

@@ -195,8 +195,9 @@ def inspect(
         print(sm.inspect(weights, lambda params, x: model.apply({"params": params}, x), images))
 
     Below the table stand warnings: of scales and gates of 0, which keep what they multiply dead; of kernels of 0; of
-    leaves that the network uses in several ways, or not at all; of layers that would keep fewer weights than they have
-    outputs; of what may be a stack of layers.
+    leaves that the network uses in several ways, or not at all; of kernels whose axes are a guess, that do not stay
+    sparse, or that are not floats; of layers that would keep fewer weights than they have inputs or outputs; of what
+    may be a stack of layers.
 
     Args:
       weights: every parameter of the network; shapes are enough, but then nothing is known of zeros.

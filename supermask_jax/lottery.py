@@ -41,7 +41,7 @@ def full_masks(weights: Tree, where: Where = is_kernel) -> Tree:
 
     Args:
       weights: tree whose shapes and dtypes the masks take.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Raises:
       ValueError: `where` chooses no leaf.
@@ -191,7 +191,7 @@ def iterative_pruning(
       prune: prune(trained, masks) -> the next round's masks; such as `partial(lottery.prune, fraction=0.2)`.
 
     Raises:
-      ValueError: `rounds` is negative.
+      ValueError: when the iteration begins, `rounds` is negative.
 
     Source: Frankle & Carbin 2019, section 1 and, in appendix B, strategy 1; from a step k: Frankle et al. 2020.
     """

@@ -96,7 +96,8 @@ def edge_popup(
       units and stacked layers, and the masks are as large as the weights all the same.
 
     Raises:
-      ValueError: `where` chooses no leaf, a density is out of range or names other paths, or the unit is unknown.
+      ValueError: `where` chooses no leaf, nothing tells a leaf's fan-in, a density is out of range or has other
+        paths, or the unit is unknown.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Ramanujan et al. 2020, section 3.
@@ -119,7 +120,7 @@ def bernoulli(weights: Params, *, rescale: bool = False, where: Where = is_kerne
     Args:
       weights: every parameter of the network; they never change.
       rescale: whether a layer's masked weights are multiplied by size / (number kept) (dynamic weight rescaling).
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
       A method that learns "scores", all 0 at the start: every weight is as likely kept as not. How many weights are
@@ -159,7 +160,7 @@ def threshold(
       A method that learns "scores". How many weights are kept is an outcome.
 
     Raises:
-      ValueError: `where` chooses no leaf, or the threshold is not finite.
+      ValueError: `where` chooses no leaf, nothing tells a leaf's fan-in, or the threshold is not finite.
       TypeError: `where` chooses a leaf that is not of floats.
 
     Source: Wortsman et al. 2020, "Supermasks in superposition"; Mallya et al. 2018.

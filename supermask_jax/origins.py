@@ -37,7 +37,8 @@ class Drawn(NamedTuple):
         the same here, or the seed of one.
       stream: with a seed, the name whose CRC-32 was folded into its key, if one was.
       density: what the initializer was given to scale by.
-      where: (path, leaf) -> whether the leaf was drawn. The others are stored.
+      where: (path, leaf) -> whether the leaf was drawn, or the `Layout` that the initializer was given. The others are
+        stored.
       fan_in: what the initializer was given.
       fan_out: what the initializer was given.
       redraws: how often each weight was drawn anew since, 0 to 255: a tree like the masks, or None. For the n-th time,

@@ -83,7 +83,7 @@ def shard_batch(mesh: Mesh, batch: Tree) -> Tree:
         the same size.
 
     Raises:
-      ValueError: the number of the mesh's devices (in this process) does not divide n.
+      ValueError: the number of the mesh's devices (in this process) does not divide n, or a leaf has no axis.
     """
     _check_divisible(batch, len(mesh.local_devices))
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -192,8 +192,9 @@ def pmap_step(
     Args:
       mask_fn: mask_fn(scores, key) -> masks, exactly 0 or 1.
       loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)); its key is for dropout.
-      tx: optax transformation; the state must come from `init_state` with an equal one.
-      learns: which tree of the `Subnet` the optimizer updates.
+      tx: optax transformation, or a pair, as in `make_train_step`; the state must come from `init_state` with an equal
+        one.
+      learns: which tree of the `Subnet` the optimizer updates, as in `make_train_step`.
       devices: how many, the first ones; None means all devices of all processes.
       donate: whether a state that goes in may be overwritten.
       product: product(subnet, key) -> the params that `loss_fn` is given, where that is not weights * masks. None means

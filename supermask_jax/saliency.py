@@ -57,7 +57,7 @@ def magnitude(weights: Tree, where: Where = is_kernel) -> Tree:
 
     Args:
       weights: tree of arrays.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
       A tree like `weights`, None at leaves that are not prunable.
@@ -101,8 +101,9 @@ def snip(
       axis_name: the pmap axis over which the gradient is averaged. On a mesh under jit, none is needed.
 
     Returns:
-      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept. A warning names the
-      leaves whose scores are all 0 (not under jit, where values are not known): ties are kept by index, not by merit.
+      A tree like `weights` in their dtypes (float32 for float64), None at leaves that are not prunable; higher =
+      kept. A warning names the leaves whose scores are all 0 (not under jit, where values are not known): ties are kept
+      by index, not by merit.
 
     Raises:
       ValueError: `where` chooses no leaf, or `masks` are not 0/1 or do not fit the leaves that it chooses.
@@ -149,7 +150,7 @@ def grasp(
       axis_name: the pmap axis over which the gradient is averaged. On a mesh under jit, none is needed.
 
     Returns:
-      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
+      A tree like `weights` in their dtypes (float32 for float64), None at leaves that are not prunable; higher = kept.
 
     Raises:
       ValueError: there is no batch, or a mapping in place of a list; `where` chooses no leaf; `masks` are not 0/1 or do
@@ -212,7 +213,7 @@ def synflow(
       where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Returns:
-      A tree like `weights` in their dtypes, None at leaves that are not prunable; higher = kept.
+      A tree like `weights` in their dtypes (float32 for float64), None at leaves that are not prunable; higher = kept.
 
     Raises:
       ValueError: `where` chooses no leaf; `masks` are not 0/1 or do not fit the leaves that it chooses; a score is not

@@ -319,7 +319,7 @@ def random_scores(key: jax.Array, weights: Tree, where: Where = is_kernel) -> Tr
     Args:
       key: a `jax.random.key`; a leaf's draw depends only on the key, the leaf's path and its shape.
       weights: tree whose shapes the scores take.
-      where: (path, leaf) -> whether the leaf is prunable.
+      where: (path, leaf) -> whether the leaf is prunable; or the `Layout` of the network.
 
     Raises:
       ValueError: `where` chooses no leaf.

@@ -54,6 +54,9 @@ def subnetwork(mask_fn: MaskFn, subnet: Subnet, key: Key | None = None) -> Param
 
     Returns:
       A tree like `subnet.weights`, in their dtypes.
+
+    Raises:
+      ValueError: a mask has another shape than its weights.
     """
     return apply_masks(subnet.weights, mask_fn(subnet.scores, key))
 

@@ -56,7 +56,8 @@ def init_state(
         biases, scales and the like.
 
     Raises:
-      ValueError: `learns` is none of these, its tree has no leaves, or `where` chooses none, or one that has scores.
+      ValueError: `learns` is none of these, its tree has no leaves, or `where` chooses none, or one that has scores;
+        `tx` is no optax transformation, nor, with ("scores", where), a pair of them.
       TypeError: `where` chooses a leaf that is not of floats.
     """
     # An update makes weak types strong, and the second step would be compiled again.
@@ -88,11 +89,12 @@ def make_train_step(
 
     Args:
       mask_fn: mask_fn(scores, key) -> masks, exactly 0 or 1. Every device calls it with the same key.
-      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)). Its key is for dropout and
-        differs between the devices of `axis_name`.
+      loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)), where metrics is a dict
+        without "loss", which the step adds. Its key is for dropout and differs between the devices of `axis_name`.
       tx: optax transformation; the state must come from `init_state` with an equal one. It is given the loss as
         `value`, the gradient as `grad` and the loss as a function of what learns as `value_fn`, for those that ask.
-        With learns=("scores", where) it may be a pair: one for the scores, one for the weights beside them.
+        With learns=("scores", where) it may be a pair: one for the scores, one for the weights beside them; then those
+        that call `value_fn`, as a line search does, do not work.
       learns: which tree of the `Subnet` the optimizer updates; or ("scores", where): the scores, and beside them the
         leaves of the weights that where(path, leaf) chooses, such as biases and scales:
 
@@ -104,9 +106,9 @@ def make_train_step(
         `subnetwork(mask_fn, subnet, key)`.
 
     Raises:
-      ValueError: here, `learns` is unknown, or learns="scores" with `identity`, whose scores are fixed masks; at the
-        first call, the learning tree has no leaves, the optimizer state does not fit it, or `loss_fn` returns anything
-        but (loss, (model_state, metrics)).
+      ValueError: here, `learns` or `tx` is none of these, or learns="scores" with `identity`, whose scores are fixed
+        masks; at the first call, the learning tree has no leaves, the optimizer state does not fit it, or `loss_fn`
+        returns anything but (loss, (model_state, metrics)).
     """
     _check_learns(learns)
     if mask_fn is identity and learns == "scores":

@@ -118,7 +118,8 @@ def test_the_method_of_the_page_draws_its_masks_again(extending):
 
 
 @pytest.mark.slow
-def test_the_page_about_own_models_runs_and_shows_what_inspect_prints(capsys):
+def test_the_page_about_own_models_runs_and_shows_what_inspect_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "models.md").read_text()
     names = run(text)
     [table] = blocks(text, "text")

@@ -516,6 +516,29 @@ def test_arrays_that_no_entry_names_are_refused(file):
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("text", (b'{"a": 1e400}', '{"a": 1}'.encode("utf-16")), ids=("infinity", "UTF-16"))
+def test_a_header_of_other_text_or_with_an_infinity_is_refused(file, text):
+    networks.network("method").save(file)
+    _, arrays, _ = container.read(file)
+    whole = {container.HEADER: np.frombuffer(zlib.compress(text), np.uint8), **arrays}
+    container.safetensors.numpy.save_file(whole, file, dict(container.METADATA))
+    with pytest.raises(ValueError, match=f"{file} is damaged: its header cannot be read"):
+        sm.load_subnetwork(file)
+
+
+def test_stored_weights_that_one_network_keeps_whole_and_another_in_part_are_refused(file):
+    weights, masks = small()
+    whole = jax.tree.map(lambda _: None, masks)
+    named = {"part": sm.Subnet(weights, masks), "whole": sm.Subnet(weights, whole)}
+    with pytest.raises(
+        ValueError, match=r"masks 'whole' have none of Dense_0/kernel, and other masks do: .* mask of ones"
+    ):
+        sm.save_subnetwork(file, named, Stored())
+    ones = jax.tree.map(jnp.ones_like, masks)
+    sm.save_subnetwork(file, {**named, "whole": sm.Subnet(weights, ones)}, Stored())
+    same(sm.load_subnetwork(file).weights, weights)
+
+
 def test_loading_executes_imports_and_opens_nothing_else(file):
     """After a first load, which imports what JAX puts off."""
     networks.network("method").save(file)
