@@ -25,8 +25,7 @@ class Config:
 
     methods: tuple[Literal[*METHODS], ...] = ALL
     """What to compare; see `python -m experiments.mnist --help`. dense, bernoulli and threshold ignore the
-    densities. edge-popup
-    runs twice: with layer densities by erk and scaled weights, and by its recipe."""
+    densities. edge-popup runs twice: with layer densities by erk and scaled weights, and by its recipe."""
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02)
     """Fractions of the weights that are kept, each in (0, 1)."""
     seeds: int = 3

@@ -53,10 +53,10 @@ def results(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """
     found: dict[tuple, Result] = {}
     damaged = []
-    for file in (file for folder in folders for file in sorted(folder.rglob("*.json"))):
+    for folder, file in ((folder, file) for folder in folders for file in sorted(folder.rglob("*.json"))):
         if (file.parent / "summary.json").exists() and file.name != "summary.json":
             continue
-        if any(part.startswith(f"{REPLACED}-") for part in file.parts):
+        if any(part.startswith(f"{REPLACED}-") for part in file.relative_to(folder).parts):
             continue
         try:
             for result in _within(json.loads(file.read_text()), ""):
