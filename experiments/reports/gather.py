@@ -53,10 +53,10 @@ def results(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """
     found: dict[tuple, Result] = {}
     damaged = []
-    for folder, file in ((folder, file) for folder in folders for file in sorted(folder.rglob("*.json"))):
+    for root, file in ((root, file) for root in folders for file in sorted(root.rglob("*.json"))):
         if (file.parent / "summary.json").exists() and file.name != "summary.json":
             continue
-        if any(part.startswith(f"{REPLACED}-") for part in file.relative_to(folder).parts):
+        if any(part.startswith(f"{REPLACED}-") for part in file.relative_to(root).parts):
             continue
         try:
             for result in _within(json.loads(file.read_text()), ""):
