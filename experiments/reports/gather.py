@@ -53,7 +53,8 @@ def results(folders: list[Path]) -> tuple[list[Result], list[str]]:
     """
     found: dict[tuple, Result] = {}
     damaged = []
-    for root, file in ((root, file) for root in folders for file in sorted(root.rglob("*.json"))):
+    files = [(root, file) for root in folders for file in sorted(root.rglob("*.json"))]
+    for root, file in files:
         if (file.parent / "summary.json").exists() and file.name != "summary.json":
             continue
         if any(part.startswith(f"{REPLACED}-") for part in file.relative_to(root).parts):
