@@ -192,9 +192,10 @@ def pmap_step(
     Args:
       mask_fn: mask_fn(scores, key) -> masks, exactly 0 or 1.
       loss_fn: loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)); its key is for dropout.
-      tx: optax transformation, or a pair, as in `make_train_step`; the state must come from `init_state` with an equal
-        one.
-      learns: which tree of the `Subnet` the optimizer updates, as in `make_train_step`.
+      tx: optax transformation; the state must come from `init_state` with an equal one. With learns=("scores", where)
+        it may be a pair: one for the scores, one for the weights beside them.
+      learns: which tree of the `Subnet` the optimizer updates; or ("scores", where): the scores, and beside them the
+        leaves of the weights that where(path, leaf) chooses.
       devices: how many, the first ones; None means all devices of all processes.
       donate: whether a state that goes in may be overwritten.
       product: product(subnet, key) -> the params that `loss_fn` is given, where that is not weights * masks. None means
