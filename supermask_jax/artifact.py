@@ -77,14 +77,9 @@ def save_subnetwork(
       TypeError: an argument of another type; a leaf that NumPy cannot hold, as a random key.
       OSError: the file cannot be written; an older one is then unchanged.
     """
-    many = subnet_or_method if isinstance(subnet_or_method, Mapping) else {ONLY: subnet_or_method}
-    if not many or not all(isinstance(one, Subnet | Method) for one in many.values()):
-        raise TypeError("save_subnetwork takes a Subnet, a Method, or {name: Subnet or Method}")
+    many = _by_name(subnet_or_method)
     if not isinstance(origin, Origin):
         raise TypeError(f"origin must be artifact.Drawn, Stored or Base, got {type(origin).__name__}")
-    for name in subnet_or_method if many is subnet_or_method else ():
-        if not name or "/" in name or name == ONLY:
-            raise ValueError(f"masks cannot have the name {name!r}: not an empty one, nor {ONLY!r}, nor with a slash")
     weights = _weights_of_all(many)
     masks = {name: _masks(one) for name, one in many.items()}
     values = {name: {path: value for path, (value, _) in leaves.items()} for name, leaves in masks.items()}
@@ -235,6 +230,17 @@ def _kept(values: Mapping[str, Leaves]) -> Leaves:
         for path, value in leaves.items():
             kept[path] = kept.get(path, False) | (value != 0)
     return kept
+
+
+def _by_name(subnet_or_method: Any) -> Mapping[str, Subnet | Method]:
+    """{name: what `save_subnetwork` was given}; one without a name has the name `ONLY`."""
+    many = subnet_or_method if isinstance(subnet_or_method, Mapping) else {ONLY: subnet_or_method}
+    if not many or not all(isinstance(one, Subnet | Method) for one in many.values()):
+        raise TypeError("save_subnetwork takes a Subnet, a Method, or {name: Subnet or Method}")
+    for name in subnet_or_method if many is subnet_or_method else ():
+        if not name or "/" in name or name == ONLY:
+            raise ValueError(f"masks cannot have the name {name!r}: not an empty one, nor {ONLY!r}, nor with a slash")
+    return many
 
 
 def _require_same_leaves(values: Mapping[str, Leaves]) -> None:
